@@ -1,0 +1,49 @@
+# Each target makes or updates .venv by itself; that costs nothing when nothing changed.
+#   make demo        the tiny world, start to finish        make test       unit and integration tests
+#   make lint        ruff                                   make test-all   the slow ones too
+#   make PYTHON=python3.12 …                                make test PYTEST_ARGS="-k dft -x"
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-all lint format lock clean clean-venv
+
+help:
+	@sed -n '1,4s/^# *//p' Makefile
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup
+	$(BIN)/verl-dft demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: setup
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# resolves requirements/*.lock again from pyproject.toml; LOCK_ARGS=--upgrade takes newer versions
+lock:
+	$(PYTHON) scripts/lock.py $(LOCK_ARGS)
+
+# caches and built wheels; what runs wrote (runs/) is yours and stays
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+clean-venv: clean
+	rm -rf .venv

@@ -1,0 +1,108 @@
+"""``verl-dft VERB [overrides]``. Verbs are imported when they are called: ``--help`` must not wait for torch."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from verl_dft.errors import InputError
+
+# verb -> (module with main(argv) -> int, one line, examples)
+_VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "doctor": (
+        "verl_dft.doctor",
+        "check the installation: device, versions, entry points, objectives",
+        ("verl-dft doctor", "verl-dft doctor --json"),
+    ),
+    "data": (
+        "verl_dft.data.command",
+        "make, list or show training data",
+        (
+            "verl-dft data list",
+            "verl-dft data make data=arithmetic output_dir=runs/arithmetic",
+            "verl-dft data show data=arithmetic model=MODEL_FOLDER",
+        ),
+    ),
+    "train": (
+        "verl_dft.training.launch",
+        "train a model with an objective on verl's SFT trainer",
+        (
+            "verl-dft train objective=dft data=gsm8k model=Qwen/Qwen2.5-Math-1.5B output_dir=runs/dft",
+            "verl-dft train objective=dft objective.floor=0.1 data=rows.parquet model=MODEL_FOLDER optim.lr=1e-5",
+            "verl-dft train objective=dft data=gsm8k model=… trainer.n_gpus_per_node=8 model.lora_rank=16",
+            "verl-dft train launcher=ray objective=sft data=gsm8k model=… trainer.nnodes=2",
+            "verl-dft train objective._target_=my_pkg.MyObjective data=gsm8k model=…",
+            "verl-dft train --config-name laptop/gsm8k_dft model=SMOLLM2_FOLDER",
+        ),
+    ),
+    "evaluate": (
+        "verl_dft.evaluation.command",
+        "sample with vLLM, grade, and report avg@n with its interval",
+        (
+            "verl-dft evaluate model=runs/dft/model benchmark=gsm8k n=16",
+            "verl-dft evaluate model=[BASE,runs/dft/model] benchmark=math500 n=16 temperature=1.0",
+        ),
+    ),
+    "demo": (
+        "verl_dft.demo",
+        "SFT and DFT from one base on the tiny world, evaluated and tabulated, in minutes on a CPU",
+        ("verl-dft demo", "verl-dft demo scale=ci output_dir=runs/demo-ci"),
+    ),
+}
+
+
+def usage(verb: str | None = None) -> str:
+    """The help text of the command, or of one verb."""
+    if verb is None:
+        lines = ["usage: verl-dft VERB [key=value …]", "", "verbs:"]
+        lines += [f"  {name:<10}{line}" for name, (_, line, _) in _VERBS.items()]
+        lines += ["", "verl-dft VERB --help shows examples. Exit codes: 0 done, 1 failed run, 2 bad input."]
+        return "\n".join(lines)
+    module, line, examples = _VERBS[verb]
+    text = [f"verl-dft {verb}: {line}", "", "examples:", *(f"  {example}" for example in examples)]
+    groups = {"train": ("objective", "data", "model", "hardware"), "data": ("data",), "evaluate": ("benchmark",)}
+    if verb in groups:
+        from verl_dft.config import group_options
+
+        text += ["", "config groups (every key below them can be overridden):"]
+        text += [f"  {group}: {', '.join(group_options(group))}" for group in groups[verb]]
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns the exit code: 0 done, 1 failed run, 2 bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from verl_dft import __version__
+
+        print(f"verl-dft {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in _VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"error: unknown verb {verb!r}{hint} Valid: {', '.join(_VERBS)}", file=sys.stderr)
+        return 2
+    if {"-h", "--help"} & set(rest):
+        print(usage(verb))
+        return 0
+    # the folder a command is started in may hold the user's own objective (objective._target_=my_losses.Mine)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(_VERBS[verb][0]).main(rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Composing a run's configuration with Hydra, and answering a mistake with the valid names."""
+
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
+
+from verl_dft.errors import InputError
+from verl_dft.paths import configs_dir, recipes_dir
+
+_OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(=(?P<value>.*))?$", re.DOTALL)
+
+
+def _register_search_path() -> None:
+    """Add our configs and recipes, then verl's, behind the primary config's own folder."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class VerlDftSearchPath(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("verl_dft", f"file://{configs_dir()}")
+            search_path.append("verl_dft.recipes", f"file://{recipes_dir()}")
+            search_path.append("verl", f"file://{_verl_configs()}")
+
+    plugins = Plugins.instance()
+    if not any(p.__name__ == "VerlDftSearchPath" for p in plugins.discover(SearchPathPlugin)):
+        plugins.register(VerlDftSearchPath)
+
+
+def _verl_configs() -> Path:
+    """verl's config folder, located without importing verl, which takes seconds."""
+    verl = importlib.util.find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        raise InputError("verl is not installed; run: verl-dft doctor")
+    return Path(verl.submodule_search_locations[0]) / "trainer" / "config"
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration ``config_name`` with command-line overrides.
+
+    Args:
+        config_name: a file of ``configs/`` or ``recipes/`` without ``.yaml`` (``sft``, ``laptop/gsm8k_dft``), or a
+            path to a YAML file of your own.
+        overrides: Hydra overrides (``objective=dft``, ``optim.lr=1e-5``, ``+new.key=1``). ``model=`` also takes a
+            model folder or hub name, ``data=`` a parquet or jsonl file.
+
+    Raises:
+        InputError: unknown config, group option or key, with the valid ones and the nearest.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    _register_search_path()
+    folder, name = _locate(config_name)
+    groups = _groups(folder)
+    overrides = [changed for override in overrides for changed in _rewrite(override, overrides, groups)]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            config = hydra_compose(name, overrides=overrides)
+            _check_missing_references(config)
+            return config
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(_explain(error, folder, name)) from None
+
+
+def _locate(config_name: str) -> tuple[Path, str]:
+    path = Path(config_name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"config file {config_name} does not exist")
+        return path.resolve().parent, path.stem
+    for folder in (configs_dir(), recipes_dir()):
+        if (folder / f"{config_name}.yaml").is_file():
+            return folder, config_name
+    names = [f.relative_to(root).with_suffix("").as_posix() for root in (configs_dir(), recipes_dir())
+             for f in sorted(root.rglob("*.yaml"))]  # fmt: skip
+    raise InputError(f"no config {config_name!r}{_nearest(config_name, names)}; see configs/ and recipes/")
+
+
+def _groups(folder: Path) -> set[str]:
+    """Names of the config groups beside the primary config and among ours."""
+    return {p.name for root in (configs_dir(), folder) for p in root.iterdir() if p.is_dir()}
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the options of a config group, e.g. ``group_options("objective")``."""
+    folder = configs_dir() / group
+    return sorted(f.stem for f in folder.glob("*.yaml")) if folder.is_dir() else []
+
+
+def _rewrite(override: str, everything: Sequence[str], groups: set[str]) -> list[str]:
+    """Shorthands: paths given for ``model=``/``data=``, objectives of other packages."""
+    match = _OVERRIDE.match(override)
+    if not match or match["prefix"] or match["value"] is None:
+        return [override]
+    key, value = match["key"], match["value"]
+    if key == "model" and "model" in groups and value not in group_options("model"):
+        if "/" in value or Path(value).exists():
+            return [f"model.path={_quote(value)}"]
+    if key == "data" and "data" in groups and value not in group_options("data"):
+        if Path(value).suffix in (".parquet", ".jsonl", ".json", ".gz"):
+            return ["data=files", f"data.train_files={_quote(value)}"]
+    if key == "objective" and value not in group_options("objective"):
+        from verl_dft.objectives import objective_target
+
+        return ["objective=custom", f"objective._target_={objective_target(value)}"]
+    if key.startswith("objective.") and _custom_objective(everything):
+        first = key == "objective._target_" and not any(o.startswith("objective=") for o in everything)
+        return [*(["objective=custom"] if first else []), f"++{key}={value}"]
+    return [override]
+
+
+def _custom_objective(overrides: Iterable[str]) -> bool:
+    """Whether the command line names a class rather than one of our objectives: its options are then its own."""
+    shipped = group_options("objective")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "objective._target_" or (key == "objective" and (value == "custom" or value not in shipped)):
+            return True
+    return False
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _nearest(wrong: str, valid: Iterable[str]) -> str:
+    valid = sorted(set(valid))
+    close = difflib.get_close_matches(wrong, valid, n=3, cutoff=0.6)
+    if close:
+        return f" (did you mean {' or '.join(close)}?)"
+    return f" (valid: {', '.join(valid[:40])})" if valid else ""
+
+
+def _explain(error: Exception, folder: Path, name: str) -> str:
+    """One line for Hydra's several: which override is wrong and what would be right."""
+    text = str(error)
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError) or "is not in struct" in text or "Could not override" in text:
+        match = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", f"{text}{cause}")
+        key = match[1] if match else "?"
+        return f"config {name!r} has no key {key!r}{_nearest_key(key, folder, name)}; to add a new key, write +{key}=…"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        valid = group_options(group) or [f.stem for f in (_verl_configs() / group).glob("*.yaml")]
+        return f"config group {group!r} has no option {option!r}{_nearest(option, valid)}"
+    if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        return f"config {name!r} has no group {match[1]!r}"
+    return " ".join(text.split())
+
+
+def _nearest_key(key: str, folder: Path, name: str) -> str:
+    from hydra import compose as hydra_compose
+
+    try:
+        config = hydra_compose(name)
+    except Exception:  # a recipe that needs an override to compose: the suggestion is a courtesy
+        return ""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    siblings = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, DictConfig) else []
+    close = difflib.get_close_matches(key, siblings, n=3, cutoff=0.6)
+    keys = _flatten(OmegaConf.to_container(config, resolve=False))
+    close = close or [k for k in keys if k.rpartition(".")[2] == leaf]  # the right key in the wrong place
+    if close:
+        return f" (did you mean {' or '.join(close[:3])}?)"
+    return f" (valid{f' under {parent!r}' if siblings and parent else ''}: {', '.join(siblings or map(str, config))})"
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _check_missing_references(config: DictConfig | ListConfig) -> None:
+    """Resolve every interpolation now, so that a dangling one is reported before any work starts."""
+    for key in config if isinstance(config, DictConfig) else range(len(config)):
+        if OmegaConf.is_missing(config, key):
+            continue
+        try:
+            value = config[key]
+        except InterpolationToMissingValueError:  # a ??? that the caller asks for by name: see require
+            continue
+        if isinstance(value, DictConfig | ListConfig):
+            _check_missing_references(value)
+
+
+def require(config: DictConfig, *keys: str) -> None:
+    """Raise :class:`InputError` for the first of ``keys`` that has no value."""
+    for key in keys:
+        if OmegaConf.select(config, key, throw_on_missing=False) is None:
+            raise InputError(f"{key} is not set; give {key}=… on the command line")
+
+
+def split_config_name(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """Take ``--config-name NAME`` (or ``--config-name=NAME``) out of a command line."""
+    name, rest, items = default, [], iter(argv)
+    for item in items:
+        if item == "--config-name":
+            name = next(items, "")
+            if not name:
+                raise InputError("--config-name needs a name, e.g. --config-name laptop/gsm8k_dft")
+        elif item.startswith("--config-name="):
+            name = item.partition("=")[2]
+        elif item.startswith("-"):
+            raise InputError(f"unknown option {item!r}; overrides are key=value, e.g. optim.lr=1e-5")
+        elif "=" not in item and not item.startswith("~"):
+            raise InputError(f"{item!r} is not an override; write key=value, e.g. objective=dft")
+        else:
+            rest.append(item)
+    return name, rest
+
+
+def command_line() -> str:
+    """The command being run, for manifests."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

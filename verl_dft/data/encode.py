@@ -1,0 +1,156 @@
+"""Rows as token arrays: conversations rendered and encoded, stored response ids joined to their prompts."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from verl_dft.data.template import ConversationEncoder
+from verl_dft.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ROWS = 2000
+PARALLEL_ROWS = 20_000
+"""Fewer rows than this are encoded in this process: starting others would take longer."""
+_MAX_PROC = 8
+
+
+@dataclass
+class EncodedRow:
+    """Ids of one row."""
+
+    prompt: np.ndarray
+    """[P] int32."""
+    response: np.ndarray
+    """[R] int32, end token included."""
+    end_appended: bool
+    """Whether the last id was appended to stored ids, so that it has no stored per-token value."""
+
+
+@dataclass
+class Encoded:
+    """All rows, in order, and how often each rule of the encoder was needed."""
+
+    rows: list[EncodedRow] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """Names row i of several concatenated files in messages."""
+
+    files: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    def __call__(self, index: int) -> str:
+        for file, count in zip(self.files, self.counts, strict=True):
+            if index < count:
+                return f"{file}: row {index}"
+            index -= count
+        raise IndexError(index)
+
+
+def encode_rows(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase, names: RowNames, num_proc: int | None = None
+) -> Encoded:
+    """Encode every row of ``table``, in parallel where that pays (``num_proc`` processes; None decides by itself).
+
+    Raises:
+        InputError: a row the template refuses, or stored ids that are not the tokenizer's, naming file and row.
+    """
+    from tqdm import tqdm
+
+    encoder = ConversationEncoder(tokenizer)  # here first: its errors concern the tokenizer, not a row
+    starts = range(0, table.num_rows, CHUNK_ROWS)
+    workers = min(_num_workers(table.num_rows, num_proc), len(starts))
+    result = Encoded()
+    bar = tqdm(total=table.num_rows, desc="tokenising", unit="row", disable=table.num_rows < PARALLEL_ROWS // 2)
+
+    def collect(part: Encoded) -> None:
+        result.rows += part.rows
+        result.counts += part.counts
+        bar.update(len(part.rows))
+
+    with bar:
+        if workers <= 1:
+            for start in starts:
+                collect(_encode_chunk(encoder, table, names, start))
+            return result
+        # forked: the children get table and tokenizer without copying, and the caller's main module is not run again
+        with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoder, table, names)) as pool:
+            for part in pool.map(_encode_in_worker, starts):
+                collect(part)
+    return result
+
+
+def _num_workers(num_rows: int, num_proc: int | None) -> int:
+    if num_proc is not None:
+        if num_proc < 1:
+            raise InputError(f"num_proc must be at least 1, got {num_proc}")
+        return num_proc
+    return min(len(os.sched_getaffinity(0)), _MAX_PROC) if num_rows >= PARALLEL_ROWS else 1
+
+
+_worker: tuple[ConversationEncoder, pa.Table, RowNames] | None = None
+
+
+def _start_worker(encoder: ConversationEncoder, table: pa.Table, names: RowNames) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked child must not use the parent's thread pool
+    _worker = (encoder, table, names)
+
+
+def _encode_in_worker(start: int) -> Encoded:
+    assert _worker is not None
+    return _encode_chunk(*_worker, start)
+
+
+def _encode_chunk(encoder: ConversationEncoder, table: pa.Table, names: RowNames, start: int) -> Encoded:
+    chunk = table.slice(start, CHUNK_ROWS)
+    messages = chunk["messages"].to_pylist()
+    stored = chunk["response_ids"].to_pylist()
+    reasons = chunk["finish_reason"].to_pylist()
+    encoder.counts = Counter()
+    rows: list[EncodedRow | None] = [None] * len(messages)
+    texts = [i for i, ids in enumerate(stored) if ids is None]
+    for i, (prompt, response) in zip(
+        texts, encoder.encode([messages[i] for i in texts], lambda k: names(start + texts[k])), strict=True
+    ):
+        rows[i] = EncodedRow(_int32(prompt), _int32(response), False)
+    given = [i for i, ids in enumerate(stored) if ids is not None]
+    prompts = encoder.encode_prompts([messages[i] for i in given], lambda k: names(start + given[k]))
+    for i, prompt in zip(given, prompts, strict=True):
+        rows[i] = _join(encoder, prompt, stored[i], reasons[i], names(start + i))
+    return Encoded([row for row in rows if row is not None], encoder.counts)
+
+
+def _join(
+    encoder: ConversationEncoder, prompt: list[int], ids: list[int], reason: str | None, where: str
+) -> EncodedRow:
+    """Prompt and stored ids; the end token follows only where generation stopped by itself without writing it."""
+    if min(ids) < 0 or max(ids) >= len(encoder.tokenizer):
+        raise InputError(
+            f"{where}: column 'response_ids' holds ids that tokenizer {encoder.name!r} (size {len(encoder.tokenizer)}) "
+            "does not have; the rows were made with another model's tokenizer"
+        )
+    if not prompt:
+        raise InputError(f"{where}: the chat template of {encoder.name!r} leaves no prompt before the response")
+    ended, stopped = ids[-1] in encoder.end_ids, reason in (None, "stop")
+    encoder.counts["rows_cut_off"] += not ended and not stopped
+    append = stopped and not ended
+    encoder.counts["end_tokens_appended"] += append
+    return EncodedRow(_int32(prompt), _int32([*ids, encoder.end_id] if append else ids), append)
+
+
+def _int32(ids: Sequence[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int32)

@@ -1,0 +1,108 @@
+"""Reading jsonl, jsonl.gz and parquet files into plain records, with errors that name file, row and column."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_dft.errors import InputError
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a file, by its suffix: ``.jsonl``, ``.jsonl.gz``, ``.json`` (a list) or ``.parquet``.
+
+    Raises:
+        InputError: the file is missing, empty, of another kind or damaged; names the file and the row.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {kind}; give a .jsonl, .jsonl.gz or .parquet file")
+    suffixes = "".join(path.suffixes[-2:]).lower()
+    if suffixes.endswith(".parquet"):
+        records = _read_parquet(path)
+    elif suffixes.endswith((".jsonl", ".jsonl.gz")):
+        records = _read_jsonl(path)
+    elif suffixes.endswith(".json"):
+        records = _read_json(path)
+    else:
+        raise InputError(f"{path} is of an unknown kind; give a .jsonl, .jsonl.gz or .parquet file")
+    if not records:
+        raise InputError(f"{path} holds no rows; give a file with at least one")
+    return records
+
+
+def need_columns(path: str | Path, records: Sequence[Mapping[str, Any]], names: Sequence[str], hint: str = "") -> None:
+    """Raise :class:`InputError` for the first record without one of ``names`` (a null counts as present)."""
+    for index, record in enumerate(records):
+        for name in names:
+            if name not in record:
+                have = ", ".join(sorted(map(str, record))) or "none"
+                advice = hint or "add it or rename one of them"
+                raise InputError(f"{path}: row {index}: no column {name!r} (columns: {have}); {advice}")
+
+
+def columns_of(path: str | Path) -> frozenset[str]:
+    """Columns of a parquet file, or of the first record of another. Raises InputError as :func:`read_records`."""
+    path = Path(path)
+    if path.suffix == ".parquet" and path.is_file():
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return frozenset(pq.read_schema(path).names)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+    return frozenset(read_records(path)[0])
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of a jsonl file, newline included."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    records = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            # not splitlines(): JSON strings may hold U+2028, which is not the end of a record
+            for number, line in enumerate(file):
+                if line.strip():
+                    records.append(_parse(path, number, line))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return records
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {number + 1} is not JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise InputError(f'{path}: line {number + 1} must be a JSON object, e.g. {{"problem": …}}')
+    return record
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{path} must hold a list of objects")
+    return records

@@ -1,0 +1,90 @@
+"""What an objective reads and returns: flat, unpadded tensors of per-token log-probabilities."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+OPTIONAL_FIELDS = ("advantage", "ref_logp", "old_logp", "behavior_logp", "entropy", "ref_kl")
+"""The fields of :class:`TokenBatch` that an objective may list in ``requires``."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch: N tokens of B sequences laid end to end, prompt and response alike, without padding."""
+
+    logp: Tensor
+    """[N] float32, nats, log pi_theta(y_t | x, y_<t), with grad. Undefined (0 from the trainer) outside ``mask``."""
+    mask: Tensor
+    """[N] bool, the tokens that are trained on."""
+    seq: Tensor
+    """[N] int64 in [0, num_seqs), the sequence each token belongs to."""
+    num_seqs: int
+    """B, the number of sequences (a sequence may have no trained token)."""
+    advantage: Tensor | None = None
+    """[N] float32, dimensionless; constant over a sequence offline, per token under PPO."""
+    ref_logp: Tensor | None = None
+    """[N] float32, nats, the frozen reference policy."""
+    old_logp: Tensor | None = None
+    """[N] float32, nats, the policy at the start of the current batch."""
+    behavior_logp: Tensor | None = None
+    """[N] float32, nats, the policy that wrote the text; NaN where unknown."""
+    entropy: Tensor | None = None
+    """[N] float32, nats, of the next-token distribution."""
+    ref_kl: Tensor | None = None
+    """[N] float32, nats, KL(reference || policy) over the full vocabulary, with grad."""
+
+    def sequence_mean(self, x: Tensor) -> Tensor:
+        """Mean of ``x`` [N] over the trained tokens of each sequence: [B]; 0 for a sequence without one."""
+        zeros = torch.zeros(self.num_seqs, dtype=x.dtype, device=x.device)
+        total = zeros.index_add(0, self.seq, torch.where(self.mask, x, torch.zeros_like(x)))
+        count = zeros.index_add(0, self.seq, self.mask.to(x.dtype))
+        return total / count.clamp(min=1)
+
+    def to_tokens(self, per_sequence: Tensor) -> Tensor:
+        """Spread a per-sequence value [B] over the tokens: [N]."""
+        return per_sequence[self.seq]
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What an objective returns: the loss of each token, unreduced, and what is worth logging."""
+
+    loss: Tensor
+    """[N] float32, unreduced; exactly 0 where not ``mask``."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> [N] (averaged over the trained tokens of the global batch) or scalar, detached."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A pure function of a :class:`TokenBatch`; it never sees padding, ranks, configs or reductions."""
+
+    requires: ClassVar[frozenset[str]]
+    """Which of :data:`OPTIONAL_FIELDS` must be present."""
+
+    def __call__(self, batch: TokenBatch) -> TokenLoss: ...
+
+
+def token_loss(batch: TokenBatch, nll: Tensor, weight: Tensor, changed: Tensor, **extra: Tensor) -> TokenLoss:
+    """The loss ``weight * nll`` on the trained tokens, with the metrics every objective reports.
+
+    Args:
+        batch: the micro-batch.
+        nll: [N] -log pi_theta, with grad.
+        weight: [N] what the objective multiplies it with; the caller has stopped its gradient.
+        changed: [N] bool, tokens whose weight differs from SFT's 1 for a reason of the objective's.
+        extra: further metrics, [N] or scalar.
+    """
+    # torch.where, not a product: 0 * inf would be NaN at masked tokens, in value and gradient.
+    zero = torch.zeros_like(nll)
+    safe_nll = torch.where(batch.mask, nll, zero)
+    safe_weight = torch.where(batch.mask, weight, zero)
+    metrics = {
+        "nll": safe_nll.detach(),
+        "token_weight": safe_weight.detach(),
+        "changed_frac": changed.to(nll.dtype),
+        **{name: value.detach() for name, value in extra.items()},
+    }
+    return TokenLoss(loss=safe_weight * safe_nll, metrics=metrics)

@@ -1,0 +1,1 @@
+"""Training on verl: the only package, with ``platform``, that knows verl's internals."""

@@ -1,0 +1,168 @@
+"""Everything before the model is loaded: the output directory, the rows, the tokenised cache.
+
+Run by the command before it launches ranks, and again by each rank, which then finds the work done. Whatever is wrong
+with the input is an :class:`InputError` here.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from verl_dft.data.dataset import RowDataset, load_dataset
+from verl_dft.data.prepare import prepare_rows
+from verl_dft.errors import InputError
+from verl_dft.files import atomic_write, write_json
+from verl_dft.objectives import build_objective
+from verl_dft.training.configure import ROW_FIELDS, compose_training
+from verl_dft.training.packing import faster_packed
+
+# may differ between a run and its continuation
+_FREE_KEYS = ("trainer.logger", "trainer.save_freq", "trainer.test_freq", "trainer.max_ckpt_to_keep",
+              "trainer.resume_mode", "data.num_workers", "data.num_proc", "data.cache_dir", "ray_init")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows of a run."""
+
+    train: RowDataset
+    val: RowDataset | None
+
+
+def prepare_run(argv: Sequence[str]) -> DictConfig:
+    """Compose, claim the output directory, make and tokenise rows. Returns the configuration to train with."""
+    config = compose_training(argv)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / ".setup.lock"):  # ranks started by hand prepare one after the other
+        claim_output(config, output)
+        prepared = prepare_rows(config.data, output / "data")
+        config.data.train_files = [str(path) for path in prepared.train]
+        config.data.val_files = [str(path) for path in prepared.val] or None
+        _check_validation(config)
+        rows = load_rows(config, _tokenizer(config))
+        if config.model.use_remove_padding == "auto":
+            config.model.use_remove_padding = _packs(config, rows.train)
+        if os.environ.get("RANK", "0") == "0":
+            report = {"train": rows.train.report, "val": rows.val.report if rows.val else None}
+            write_json(output / "data" / "report.json", report)
+            _print_report(report)
+    return config
+
+
+def claim_output(config: DictConfig, output: Path) -> None:
+    """Write ``config.yaml``, or compare with the one that is there: a directory holds one run."""
+    path = output / "config.yaml"
+    mine = _fingerprint(config)
+    if path.is_file():
+        theirs = _fingerprint(OmegaConf.load(path))
+        differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+        if differing:
+            key = differing[0]
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            raise InputError(
+                f"output_dir={output} holds a run with another configuration ({key}: {theirs.get(key)} there, "
+                f"{mine.get(key)} here{more}); choose another output_dir, or delete that one"
+            )
+        return
+    strangers = [entry.name for entry in output.iterdir() if entry.name != ".setup.lock"]
+    if strangers:
+        raise InputError(f"output_dir={output} is not empty and holds no run ({strangers[0]}, …); choose another")
+    with atomic_write(path) as file:
+        file.write(OmegaConf.to_yaml(config, resolve=True))
+
+
+def _fingerprint(config: Any) -> dict[str, Any]:
+    """Flat key -> value of what decides a run's result."""
+    flat: dict[str, Any] = {}
+
+    def visit(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                visit(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    visit(OmegaConf.to_container(config, resolve=True), "")
+    free = (*_FREE_KEYS, "output_dir", "trainer.default_local_dir", "trainer.experiment_name")
+    return {k: v for k, v in flat.items() if not any(k == key or k.startswith(f"{key}.") for key in free)}
+
+
+def _tokenizer(config: DictConfig) -> Any:
+    """The model's tokenizer, as verl would load it."""
+    from transformers import AutoTokenizer
+
+    source = config.model.get("tokenizer_path") or config.model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"model.path={source}: no tokenizer could be loaded ({reason})") from None
+    if config.model.get("custom_chat_template"):
+        tokenizer.chat_template = config.model.custom_chat_template
+    return tokenizer
+
+
+def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
+    """The run's training and validation rows, tokenised (from the cache where it has them)."""
+    data = config.data
+    required = build_objective(OmegaConf.to_container(config.objective, resolve=True)).requires & set(ROW_FIELDS)
+    cache = Path(data.cache_dir or os.environ.get("VERL_DFT_CACHE", "~/.cache/verl_dft")).expanduser()
+
+    def load(files: Sequence[str], max_rows: int, columns: Sequence[str]) -> RowDataset:
+        return load_dataset(
+            files,
+            tokenizer,
+            max_length=data.max_length,
+            overlong=data.overlong,
+            columns=columns,
+            max_rows=max_rows if max_rows > 0 else None,
+            cache_dir=cache,
+            num_proc=data.num_proc,
+        )
+
+    train = load(data.train_files, data.train_max_samples, sorted(required))
+    if len(train) < data.train_batch_size:
+        raise InputError(
+            f"{len(train)} training rows do not fill one batch of data.train_batch_size={data.train_batch_size}; "
+            "use a smaller batch or more rows"
+        )
+    if not data.val_files:
+        return Rows(train, None)
+    present = _columns_of(data.val_files)
+    val = load(data.val_files, data.val_max_samples, sorted(required) if required <= present else ())
+    return Rows(train, val)
+
+
+def _columns_of(files: Sequence[str]) -> set[str]:
+    import pyarrow.parquet as pq
+
+    columns = [set(pq.read_schema(path).names) for path in files]
+    return set.intersection(*columns)
+
+
+def _check_validation(config: DictConfig) -> None:
+    freq = config.trainer.test_freq
+    if not config.data.val_files and freq != -1:
+        raise InputError(f"trainer.test_freq={freq} needs validation rows: set data.val_files or data.source.num_val")
+
+
+def _packs(config: DictConfig, rows: RowDataset) -> bool:
+    from transformers import AutoConfig
+
+    model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    lengths = rows.lengths[: config.data.train_batch_size]
+    return faster_packed(lengths, config.data.micro_batch_size_per_gpu, model)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    for name, counts in report.items():
+        if counts:
+            text = ", ".join(f"{key} {value}" for key, value in counts.items() if isinstance(value, int))
+            print(f"{name} rows: {text}", file=sys.stderr, flush=True)

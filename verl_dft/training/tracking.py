@@ -1,0 +1,94 @@
+"""What a run reports: verl's trackers with plain numbers only, metrics.jsonl, and one progress bar."""
+
+import json
+import math
+import numbers
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from verl.utils.tracking import Tracking
+
+from verl_dft.files import atomic_write
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per line with ``step``; a resumed run drops the lines it will write again."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        with atomic_write(path) as file:
+            file.writelines(f"{line}\n" for line in kept)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
+
+    def log(self, data: dict[str, float], step: int) -> None:
+        self.file.write(json.dumps({"step": step, **data}) + "\n")
+        self.file.flush()
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("{") and line.endswith("}")]  # the last may be half written
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in _lines(Path(path))]
+
+
+class RunTracker:
+    """Stands where verl's ``Tracking`` does in ``fit``: same constructor, same ``log``."""
+
+    def __init__(self, trainer: Any, **kwargs: Any) -> None:
+        self.trainer = trainer
+        folder = Path(trainer.config.output_dir)
+        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        self.tracking = Tracking(**kwargs)
+        resume_step = trainer.resume_global_step
+        self.file = MetricsFile(folder / "metrics.jsonl", resume_step)
+        self.bar = tqdm(
+            total=trainer.total_training_steps,
+            initial=resume_step,
+            desc=trainer.run_name,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        self.last = time.perf_counter()
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Send the plain numbers of ``data`` to every backend."""
+        if "val/loss" in data:  # verl's mean of batch means; ours is exact and covers every row
+            metrics = self.trainer.val_dataloader.metrics
+            data = {f"val/{name}": value for name, value in metrics.items()}
+        else:
+            data = self._with_speed(data)
+        plain = {
+            name: float(value)
+            for name, value in data.items()
+            if isinstance(value, numbers.Number) and (name != "train/mfu" or value > 0)
+        }
+        self.tracking.log(data=plain, step=step)
+        self.file.log(plain, step)
+        if "train/loss" in plain and not math.isfinite(plain["train/loss"]):
+            print(f"warning: loss is {plain['train/loss']} at step {step}", file=sys.stderr, flush=True)
+
+    def _with_speed(self, data: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        speed = data.get("train/global_tokens", 0) / seconds
+        self.bar.set_postfix_str(f"loss {data.get('train/loss', math.nan):.4f}, {speed:,.0f} tok/s", refresh=False)
+        self.bar.update(1)
+        return {**data, "perf/step_s": seconds, "perf/tokens_per_s": speed}
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the bar and verl's trackers."""
+        self.bar.close()
+        self.file.file.close()
+        self.tracking.finish(exit_code)

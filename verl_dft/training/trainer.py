@@ -1,0 +1,164 @@
+"""What our two trainers share: verl's ``SFTTrainer`` (torchrun) and its Ray twin, neither of whose ``fit`` is copied.
+
+``fit`` runs as verl wrote it; it finds our data loaders, our checkpoint handler and our worker on ``self``, and, for
+the length of the call, our tracker in the place of verl's ``Tracking`` and ``tqdm``.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+
+from verl_dft.data.dataset import RowDataset
+from verl_dft.errors import InputError
+from verl_dft.objectives import build_objective, objective_name
+from verl_dft.training.batches import StepBatchSampler, ValidationLoader, train_loader
+from verl_dft.training.bridge import LossBridge
+from verl_dft.training.checkpoint import MarkedCheckpoints
+from verl_dft.training.setup import load_rows
+from verl_dft.training.tracking import RunTracker
+
+BALANCED = ("token_mean", "sequence_sum")
+"""Reductions that do not depend on which rows share a micro-batch, so that rows may be ordered by length."""
+
+
+@contextmanager
+def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Set module-level names for the length of a block."""
+    originals = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(module, name, value)
+
+
+class ObjectiveTrainerMixin:
+    """Data, loss, checkpoints, tracking and export for a verl SFT trainer."""
+
+    verl_module: ModuleType
+    """verl's trainer module, whose names ``fit`` looks up."""
+    config: Any
+    training_client: Any
+    train_dataset: RowDataset
+    resume_global_step: int
+    total_training_steps: int
+
+    @property
+    def run_name(self) -> str:
+        """Shown in the progress bar."""
+        return objective_name(self.config.objective)
+
+    def loss_bridge(self) -> LossBridge:
+        """The configured objective with its reduction."""
+        return LossBridge(build_objective(self.config.objective), self.config.trainer.reduction)
+
+    def _build_dataset(self) -> None:
+        rows = load_rows(self.config, self.model_config.tokenizer)  # type: ignore[attr-defined]
+        self.train_dataset, self.val_dataset = rows.train, rows.val
+
+    def build_loaders(self, dp_size: int, dp_rank: int | None) -> None:
+        """Set ``train_sampler``, ``train_dataloader`` and ``val_dataloader`` for this rank (None: for all)."""
+        config = self.config
+        self.global_batch_size = config.data.train_batch_size
+        self.collate_fn = SFTTensorCollator(config.data.pad_mode)
+        self.train_sampler = StepBatchSampler(
+            self.train_dataset.lengths,
+            self.global_batch_size,
+            dp_size=dp_size,
+            dp_rank=dp_rank,
+            seed=config.trainer.seed,
+            balance=config.trainer.reduction in BALANCED,
+        )
+        self.train_dataloader = train_loader(
+            self.train_dataset, self.train_sampler, self.collate_fn, config.data.num_workers
+        )
+        self.val_dataloader = None
+        if self.val_dataset is not None:
+            self.val_dataloader = ValidationLoader(
+                self.val_dataset,
+                self.global_batch_size,
+                dp_size=dp_size,
+                dp_rank=dp_rank,
+                collate=self.collate_fn,
+                client=lambda: self.training_client,
+            )
+
+    def set_run_length(self) -> None:
+        """``total_training_steps`` steps if given, else ``total_epochs`` epochs; ``fit`` loops over epochs."""
+        trainer, steps = self.config.trainer, len(self.train_dataloader)
+        if trainer.total_training_steps is not None:
+            trainer.total_epochs = math.ceil(trainer.total_training_steps / steps)
+        left_out = len(self.train_dataset) - steps * self.global_batch_size
+        if left_out and self.is_first_rank:
+            print(f"{left_out} of {len(self.train_dataset)} rows do not fill a batch: left out of each epoch by turns")
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process prints."""
+        return getattr(self, "rank", 0) == 0
+
+    def checkpoints(self, engine: Any, **kwargs: Any) -> MarkedCheckpoints:
+        """The handler that ``fit`` saves through."""
+        trainer = self.config.trainer
+        return MarkedCheckpoints(
+            engine=engine,
+            train_dataloader=self.train_dataloader,
+            default_local_dir=trainer.default_local_dir,
+            max_ckpt_to_keep=trainer.max_ckpt_to_keep,
+            resume_mode=trainer.resume_mode,
+            resume_from_path=trainer.resume_from_path,
+            world_size=trainer.n_gpus_per_node * trainer.nnodes,
+            facts={"seed": trainer.seed, "total_training_steps": self._planned_steps()},
+            **kwargs,
+        )
+
+    def _planned_steps(self) -> int:
+        trainer = self.config.trainer
+        return trainer.total_training_steps or len(self.train_dataloader) * trainer.total_epochs
+
+    def fit(self) -> None:
+        """verl's loop from the first step that is not done, then the export."""
+        if self.resume_global_step < self.total_training_steps:
+            self.train_sampler.start_at(self.resume_global_step % len(self.train_dataloader))
+            with replaced(self.verl_module, Tracking=self._tracker, tqdm=_pass_through):
+                super().fit()  # type: ignore[misc]
+            if getattr(self, "tracker", None) is not None:
+                self.tracker.finish()
+        elif self.is_first_rank:
+            print(f"all {self.total_training_steps} steps are done already", flush=True)
+        self.export()
+
+    def _tracker(self, **kwargs: Any) -> RunTracker:
+        self.tracker = RunTracker(self, **kwargs)
+        return self.tracker
+
+    def export(self) -> None:
+        """Write ``<output_dir>/model`` as a Hugging Face folder."""
+        path = Path(self.config.output_dir) / "model"
+        self.training_client.export(str(path), self.config.export.dtype)
+        if self.is_first_rank:
+            print(f"exported the model to {path}", flush=True)
+
+
+def _pass_through(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
+    """In place of ``tqdm`` in ``fit``: the tracker keeps one bar for the whole run instead of one an epoch."""
+    return iterable
+
+
+def run_guarded(run: Callable[[], None]) -> int:
+    """Exit code of a training process: 0 done, 2 bad input (one line); other errors keep their traceback."""
+    import sys
+
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
