@@ -1,9 +1,9 @@
 """Contract tests for any objective: ``check_objective(MyObjective())`` raises AssertionError where one is broken.
 
-    from verl_dft.testing import check_objective
+from verl_dft.testing import check_objective
 
-    def test_my_objective():
-        check_objective(MyObjective(tau=0.7))
+def test_my_objective():
+    check_objective(MyObjective(tau=0.7))
 """
 
 import dataclasses

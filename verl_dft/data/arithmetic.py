@@ -159,8 +159,8 @@ def pretraining_rows(
 def train_tokenizer(vocab_size: int = 512, seed: int = 7, num_problems: int = 4000) -> PreTrainedTokenizerFast:
     """The world's tokenizer: byte-level BPE in which every word and every number 0..60 is one token.
 
-    It is a Qwen2 tokenizer: whatever a folder says, transformers 5 reads the tokenizer of a model of type ``qwen2`` with
-    Qwen2's own pre-tokenizer, which splits numbers into digits. The numbers are therefore added tokens.
+    It is a Qwen2 tokenizer: whatever a folder says, transformers 5 reads the tokenizer of a model of type ``qwen2``
+    with Qwen2's own pre-tokenizer, which splits numbers into digits. The numbers are therefore added tokens.
 
     Special tokens: ``<|endoftext|>`` = 0 (pad), ``<|im_start|>`` = 1, ``<|im_end|>`` = 2 (eos). Save it with the base
     model: another generator gives another vocabulary, and old weights turn to noise.

@@ -140,15 +140,27 @@ def _draw_op(spec: Level, rng: random.Random) -> tuple[str, int]:
 
 
 def work(problem: ArithmeticProblem, rng: random.Random, slips: Slips | None = None) -> list[Step]:
-    """The worked steps; with ``slips`` some results are off by 1, 2 or 10 (kept in 0..60) and carried on."""
+    """The worked steps; with ``slips`` some results are off by 1, 2 or 10 and carried on.
+
+    A slip that would take this or a later number out of 0..60 is not made.
+    """
     steps, value = [], problem.start
-    for sign, operand in problem.ops:
+    for index, (sign, operand) in enumerate(problem.ops):
         result = apply(value, sign, operand)
         if slips is not None and rng.random() < slips.prob(sign, operand):
-            result = min(MAX_VALUE, max(0, result + rng.choice((-10, -2, -1, 1, 2, 10))))
+            wrong = min(MAX_VALUE, max(0, result + rng.choice((-10, -2, -1, 1, 2, 10))))
+            result = wrong if _stays_in_range(wrong, problem.ops[index + 1 :]) else result
         steps.append(Step(value, sign, operand, result))
         value = result
     return steps
+
+
+def _stays_in_range(value: int, ops: tuple[tuple[str, int], ...]) -> bool:
+    for sign, operand in ops:
+        value = apply(value, sign, operand)
+        if not 0 <= value <= MAX_VALUE:
+            return False
+    return True
 
 
 def native(problem: ArithmeticProblem, rng: random.Random, slips: Slips | None = None) -> str:

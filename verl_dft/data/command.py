@@ -41,7 +41,7 @@ def list_sources() -> int:
     print("data.prompt=NAME:")
     for name, prompt in PROMPTS.items():
         turns = [f"system: {prompt.system!r}"] if prompt.system else []
-        print(f"  {name:<{width}}  {'; '.join([*turns, f'user: {prompt.user!r}'])}")
+        print(f"  {name:<{width}}  {'; '.join([*turns, 'user: ' + repr(prompt.user.replace('{{}}', '{}'))])}")
     return 0
 
 
@@ -93,9 +93,8 @@ def show(config: Any) -> int:
 def _print_row(index: int, item: dict[str, Any], tokenizer: Any) -> None:
     trained = int(item["loss_mask"].sum())
     total = len(item["input_ids"])
-    prompt, response = (
-        tokenizer.decode(item["input_ids"][part]) for part in (slice(total - trained), slice(-trained, None))
-    )
+    ids = item["input_ids"]
+    prompt, response = tokenizer.decode(ids[: total - trained]), tokenizer.decode(ids[total - trained :])
     print(f"\n--- row {index}: {total} tokens, {trained} trained (between ⟦ and ⟧) ---\n{prompt}⟦{response}⟧")
 
 

@@ -213,7 +213,7 @@ def _fit(encoded: Encoded, names: RowNames, max_length: int, overlong: str) -> t
                 dropped += 1
                 long_prompt += room < 1
                 continue
-            encoded.rows[index] = EncodedRow(row.prompt, row.response[:room], False)
+            encoded.rows[index] = EncodedRow(row.prompt, row.response[:room], False, row.stored)
             truncated += 1
         kept.append(index)
     if not kept:
@@ -251,8 +251,9 @@ def _write(
     report |= {
         "num_tokens": int(lengths.sum()),
         "num_trained_tokens": int((lengths - prompt_lens).sum()),
-        "end_tokens_appended": 0,
-        "end_tokens_without_value": sum(row.end_appended for row in rows),
+        "end_tokens_appended": sum(row.end_appended for row in rows),
+        "end_tokens_without_value": sum(row.end_appended and row.stored for row in rows),
+        "rows_cut_off": 0,
         **encoded.counts,
     }
     write_json(folder / "meta.json", {"report": report, "columns": list(columns)})

@@ -34,7 +34,9 @@ class EncodedRow:
     response: np.ndarray
     """[R] int32, end token included."""
     end_appended: bool
-    """Whether the last id was appended to stored ids, so that it has no stored per-token value."""
+    """Whether the last id was appended: neither the template nor the stored ids had an end token."""
+    stored: bool
+    """Whether the response ids were stored in the row, so that an appended one has no per-token value."""
 
 
 @dataclass
@@ -123,10 +125,9 @@ def _encode_chunk(encoder: ConversationEncoder, table: pa.Table, names: RowNames
     encoder.counts = Counter()
     rows: list[EncodedRow | None] = [None] * len(messages)
     texts = [i for i, ids in enumerate(stored) if ids is None]
-    for i, (prompt, response) in zip(
-        texts, encoder.encode([messages[i] for i in texts], lambda k: names(start + texts[k])), strict=True
-    ):
-        rows[i] = EncodedRow(_int32(prompt), _int32(response), False)
+    found = encoder.encode([messages[i] for i in texts], lambda k: names(start + texts[k]))
+    for i, tokens in zip(texts, found, strict=True):
+        rows[i] = EncodedRow(_int32(tokens.prompt), _int32(tokens.response), tokens.end_appended, stored=False)
     given = [i for i, ids in enumerate(stored) if ids is not None]
     prompts = encoder.encode_prompts([messages[i] for i in given], lambda k: names(start + given[k]))
     for i, prompt in zip(given, prompts, strict=True):
@@ -148,8 +149,7 @@ def _join(
     ended, stopped = ids[-1] in encoder.end_ids, reason in (None, "stop")
     encoder.counts["rows_cut_off"] += not ended and not stopped
     append = stopped and not ended
-    encoder.counts["end_tokens_appended"] += append
-    return EncodedRow(_int32(prompt), _int32([*ids, encoder.end_id] if append else ids), append)
+    return EncodedRow(_int32(prompt), _int32([*ids, encoder.end_id] if append else ids), append, stored=True)
 
 
 def _int32(ids: Sequence[int]) -> np.ndarray:

@@ -132,8 +132,10 @@ def write_rows(path: str | Path, rows: Iterable[Row], **facts: Any) -> Path:
 
     path = Path(path)
     table = check_rows(str(path), [{f.name: getattr(row, f.name) for f in fields(Row)} for row in rows])
+    # a column without any value is left out, so that a file's schema says what it can provide
+    empty = [name for name in table.column_names if table.num_rows and table[name].null_count == table.num_rows]
     with atomic_write(path, "wb") as file:
-        pq.write_table(table, file)
+        pq.write_table(table.drop_columns(empty), file)
     write_manifest(path, num_rows=table.num_rows, rows_sha256=sha256_file(path), **facts)
     return path
 
@@ -231,7 +233,7 @@ def _check_per_token(where: str, name: str, values: Sequence[float], ids: Sequen
         )
     if len(values) != len(ids):
         raise InputError(
-            f"{where}: column {name!r} has {len(values)} values for {len(ids)} response_ids; they must be equal in number"
+            f"{where}: column {name!r} has {len(values)} values for {len(ids)} response_ids; give one for each"
         )
     import numpy as np
 

@@ -176,12 +176,9 @@ def _drop_overlong(problems: list[Problem], options: dict[str, Any]) -> list[Pro
     chats = [
         [{"role": "user", "content": p.problem}, {"role": "assistant", "content": p.solution or ""}] for p in problems
     ]
-    pairs = encoder.encode(chats, lambda i: f"problem {problems[i].id}")
-    return [
-        p
-        for p, (prompt, answer) in zip(problems, pairs, strict=True)
-        if len(prompt) + len(answer) <= options["max_tokens"]
-    ]
+    tokens = encoder.encode(chats, lambda i: f"problem {problems[i].id}")
+    lengths = [len(t.prompt) + len(t.response) for t in tokens]
+    return [p for p, length in zip(problems, lengths, strict=True) if length <= options["max_tokens"]]
 
 
 def load_tokenizer(path: str, auto: Any = None) -> Any:

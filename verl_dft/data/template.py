@@ -10,9 +10,10 @@ The rules where a template makes that difficult:
 - The text of the prompt is the generation prompt where it begins the full rendering. A template without a generation
   prompt, or one whose generation prompt adds text that the full rendering lacks, is cut where the marker stands.
 - A template that rewrites the response (dropping its reasoning, for example) is not allowed to: the response is then
-  the row's text after the generation prompt, less an opening that the prompt already ends with. Counted as ``rewritten``.
+  the row's text after the generation prompt, less an opening that the prompt already ends with. Counted as
+  ``rewritten``.
 - The end token is the first special token that the template writes after the response; where there is none, the
-  tokenizer's eos token is appended straight after the text. Counted as ``end_tokens_appended``.
+  tokenizer's eos token is appended straight after the text (``Tokens.end_appended``).
 - Prompt ids are exactly what generation is fed. Where the tokenizer would merge across the boundary, prompt and
   response are encoded apart. Counted as ``split_at_boundary``.
 - Text is text: a special token's name inside a message (``<|im_end|>`` in a quotation) is encoded as ordinary
@@ -25,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_dft.errors import InputError
 
@@ -44,6 +45,16 @@ class Span:
     start: int
     append_end: bool
     """Whether the end token is missing from the text and follows it."""
+
+
+class Tokens(NamedTuple):
+    """Ids of a conversation."""
+
+    prompt: list[int]
+    response: list[int]
+    """With the end token."""
+    end_appended: bool
+    """Whether the template wrote no end token, so that it was appended."""
 
 
 class ConversationEncoder:
@@ -72,10 +83,8 @@ class ConversationEncoder:
         self.end_ids = frozenset({self.end_id} | ({tokenizer.eos_token_id} - {None}))
         """Ids that end a response: the template's end of turn, and the tokenizer's eos."""
 
-    def encode(
-        self, conversations: Sequence[Messages], where: Callable[[int], str]
-    ) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, response ids with the end token) of each conversation, which must end with the assistant.
+    def encode(self, conversations: Sequence[Messages], where: Callable[[int], str]) -> list[Tokens]:
+        """Prompt and response ids of each conversation, which must end with the assistant.
 
         Args:
             where: names conversation i in an error message (file and row).
@@ -83,7 +92,7 @@ class ConversationEncoder:
         spans = self._spans(conversations, where)
         whole = self._ids([span.text for span in spans])
         prompts = self._ids([span.text[: span.start] for span in spans])
-        pairs = []
+        found = []
         for i, (span, ids, prompt) in enumerate(zip(spans, whole, prompts, strict=True)):
             if self._has_special_text(conversations[i]):
                 prompt, response = self._encode_literally(conversations[i], span)
@@ -93,11 +102,10 @@ class ConversationEncoder:
                 prompt, response = self._encode_apart(span, ids, prompt)
             if span.append_end:
                 response = [*response, self._tail(_roles(conversations[i])).end_id]
-                self.counts["end_tokens_appended"] += 1
             if not prompt or not response:
                 raise InputError(f"{where(i)}: the chat template of {self.name!r} leaves no prompt or no response")
-            pairs.append((prompt, response))
-        return pairs
+            found.append(Tokens(prompt, response, span.append_end))
+        return found
 
     def encode_prompts(self, conversations: Sequence[Messages], where: Callable[[int], str]) -> list[list[int]]:
         """Ids of the generation prompts (for responses whose ids are stored); a final assistant turn is left out."""

@@ -2,7 +2,9 @@ r"""Spelling differences of LaTeX answers that never change their meaning, remov
 
 import re
 
-_UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "\u00a0": " ", "≈": ""})
+_UNICODE = str.maketrans(
+    {"−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "\u00a0": " ", "≈": ""}
+)
 _REMOVED = re.compile(r"\\(?:[,;:!> ]|quad|qquad|left|right|displaystyle|approx|limits)(?![A-Za-z])|~|\$|\\\$")
 _FRACTION_NAMES = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BARE_FRACTION = re.compile(r"\\frac(\d)(\d)(?!\d)")
@@ -14,7 +16,7 @@ _THOUSANDS = re.compile(r"(?<=\d)\{,\}(?=\d)|(?<=\d),\\!(?=\d{3})")
 
 
 def normalize(text: str) -> str:
-    r"""``text`` without dollars, spaces, sizing commands and a final full stop; one spelling of ``\frac``, ``+``, minus.
+    r"""``text`` without dollars, spaces, sizing commands and a final full stop; one spelling of ``\frac`` and minus.
 
     >>> normalize(r"$\left( 3, \dfrac{1}{2} \right).$")
     '(3,\\frac{1}{2})'

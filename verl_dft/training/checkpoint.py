@@ -14,6 +14,7 @@ import torch
 from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
 from verl_dft.files import write_json
 
 MARKER = "complete.json"
@@ -53,10 +54,12 @@ class MarkedCheckpoints(CheckpointHandler):
         # returns after a barrier of all ranks, and under Ray after every worker has answered
         self.engine.save_checkpoint(local_path=str(path), global_step=step, max_ckpt_to_keep=None)
         self._barrier()
+        failpoint("checkpoint.before_marker")
         if self.rank == 0:
             write_json(path / MARKER, {"step": step, "world_size": self.world_size, **self.facts})
             self._forget_old()
         self._barrier()
+        failpoint("checkpoint.after_marker")
 
     def load_checkpoint(self) -> int:
         """Load the newest whole checkpoint (or ``resume_from_path``); returns its step, 0 for none."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from verl_dft.failpoints import failpoint
 from verl_dft.files import atomic_dir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +41,7 @@ def export_model(engine: Any, path: Path, dtype: str) -> None:
         with atomic_dir(path) as folder:
             model.save_pretrained(folder)
             engine.model_config.get_processor().save_pretrained(folder)
+            failpoint("export.before_rename")
     torch.distributed.barrier()
 
 

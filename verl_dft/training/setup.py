@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.data.dataset import RowDataset, load_dataset
+from verl_dft.data.dataset import RowDataset, load_dataset, present_columns
 from verl_dft.data.prepare import prepare_rows
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, write_json
@@ -64,11 +64,11 @@ def claim_output(config: DictConfig, output: Path) -> None:
         theirs = _fingerprint(OmegaConf.load(path))
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         if differing:
-            key = differing[0]
-            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in differing[:5])
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise InputError(
-                f"output_dir={output} holds a run with another configuration ({key}: {theirs.get(key)} there, "
-                f"{mine.get(key)} here{more}); choose another output_dir, or delete that one"
+                f"output_dir={output} holds a run with another configuration ({shown}{more}); choose another "
+                "output_dir, or delete that one"
             )
         return
     strangers = [entry.name for entry in output.iterdir() if entry.name != ".setup.lock"]
@@ -135,16 +135,8 @@ def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
         )
     if not data.val_files:
         return Rows(train, None)
-    present = _columns_of(data.val_files)
-    val = load(data.val_files, data.val_max_samples, sorted(required) if required <= present else ())
-    return Rows(train, val)
-
-
-def _columns_of(files: Sequence[str]) -> set[str]:
-    import pyarrow.parquet as pq
-
-    columns = [set(pq.read_schema(path).names) for path in files]
-    return set.intersection(*columns)
+    has_columns = required <= present_columns(data.val_files) if required else True
+    return Rows(train, load(data.val_files, data.val_max_samples, sorted(required) if has_columns else ()))
 
 
 def _check_validation(config: DictConfig) -> None:

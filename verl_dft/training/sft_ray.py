@@ -10,6 +10,7 @@ from verl.trainer import sft_trainer_ray
 from verl.utils.checkpoint import OrchestrationMode
 from verl.utils.device import get_device_name
 
+from verl_dft.errors import InputError
 from verl_dft.training.setup import prepare_run
 from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced, run_guarded
 from verl_dft.training.worker import ObjectiveWorker
@@ -40,6 +41,10 @@ class ObjectiveRaySFTTrainer(ObjectiveTrainerMixin, sft_trainer_ray.SFTTrainer):
         self.ckpt_handler = self.checkpoints(self.training_client, mode=OrchestrationMode.RAY)
 
 
+CPUS_PER_WORKER = 10
+"""What verl's RayResourcePool reserves per worker (``max_colocate_count``)."""
+
+
 def ray_options(config: DictConfig) -> dict[str, object]:
     """Arguments of ``ray.init``: the cluster of ``RAY_ADDRESS`` if set, else one on this machine, loopback only."""
     given = OmegaConf.to_container(config.ray_init, resolve=True)
@@ -49,8 +54,21 @@ def ray_options(config: DictConfig) -> dict[str, object]:
         if get_device_name() == "cpu":
             # verl schedules workers by GPU: on a CPU these are logical ones. The object store carries batches only.
             workers = config.trainer.n_gpus_per_node
-            options |= {"num_gpus": workers, "num_cpus": max(4, 2 * workers), "object_store_memory": 200_000_000}
+            options |= {"num_gpus": workers, "num_cpus": (CPUS_PER_WORKER + 1) * workers}
+            options |= {"object_store_memory": 200_000_000}
     return options | given
+
+
+def check_resources(config: DictConfig) -> None:
+    """Raise :class:`InputError` where the cluster can never hold the workers: verl would wait for ever."""
+    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    has = ray.cluster_resources()
+    for resource, per_worker in (("GPU", 1), ("CPU", CPUS_PER_WORKER)):
+        if has.get(resource, 0) < per_worker * workers:
+            raise InputError(
+                f"the Ray cluster has {has.get(resource, 0):g} {resource}, {workers} workers need "
+                f"{per_worker * workers}; lower trainer.n_gpus_per_node or trainer.nnodes, or add nodes"
+            )
 
 
 def run(config: DictConfig) -> None:
@@ -61,6 +79,7 @@ def run(config: DictConfig) -> None:
     if started:
         ray.init(**ray_options(config))
     try:
+        check_resources(config)
         ObjectiveRaySFTTrainer(config).fit()
     finally:
         if started:

@@ -10,6 +10,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
 from verl_dft.training.bridge import SUMS, LossBridge, ScoreBridge
 from verl_dft.training.export import export_model
 
@@ -29,7 +30,9 @@ class ObjectiveWorker(TrainingWorker):
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer step on this rank's share of the global batch."""
         self._prepare(data, validation=False)
-        return super().train_batch(data)
+        output = super().train_batch(data)
+        failpoint("worker.step")
+        return output
 
     @register(dispatch_mode=_DISPATCH, blocking=False)
     def infer_batch(self, data: TensorDict) -> TensorDict:
@@ -39,7 +42,7 @@ class ObjectiveWorker(TrainingWorker):
 
     @register(dispatch_mode=_DISPATCH, blocking=False)
     def compute_logp(self, data: TensorDict) -> TensorDict:
-        """Log-probs of the rows' trained tokens: ``logp`` [rows, tokens] nested, aligned with the predicting position."""
+        """Log-probs of trained tokens: ``logp`` [rows, tokens] nested, each at the position that predicts it."""
         loss_fn, self.loss_fn = self.loss_fn, ScoreBridge(self.loss_fn.objective)
         try:
             self._prepare(data, validation=False)

@@ -1,0 +1,120 @@
+"""The real command on a real vLLM engine, and vLLM against plain transformers on the same weights."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.integration
+
+_SMALL = ["benchmark=arithmetic", "benchmark.generator.num_problems=4", "n=4", "max_tokens=16", "seed=3"]
+_TIMED = {"written_at", "seconds", "command"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model whose next token is rarely a near-tie: the output layer is scaled up."""
+    from transformers import AutoModelForCausalLM
+
+    from verl_dft.tiny import init_model
+
+    folder = init_model(tmp_path_factory.mktemp("model") / "tiny", seed=1, tied=False)
+    peaked = AutoModelForCausalLM.from_pretrained(folder)
+    peaked.lm_head.weight.data *= 20
+    peaked.save_pretrained(folder)
+    return folder
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def test_evaluate_twice_gives_the_same_samples(model: Path, tmp_path: Path, run_cli: Callable) -> None:
+    """Two processes, one with a second model behind the first: the same texts, verdicts and numbers."""
+    before, other = _shared_memory(), tmp_path / "other"
+    other.symlink_to(model)
+    first = run_cli(["evaluate", f"model={model}", *_SMALL, f"output_dir={tmp_path / 'one'}"], timeout=120)
+    assert first.rc == 0, first.stderr[-3000:]
+    again = run_cli(["evaluate", f"model=[{model},{other}]", *_SMALL, f"output_dir={tmp_path / 'two'}"], timeout=120)
+    assert again.rc == 0, again.stderr[-3000:]
+    folders = [tmp_path / "one", *sorted((tmp_path / "two").iterdir())]
+    assert len(folders) == 3
+    samples = [pq.read_table(folder / "samples.parquet").to_pylist() for folder in folders]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    for rows, result in zip(samples[1:], results[1:], strict=True):
+        assert [{**row, "model": ""} for row in rows] == [{**row, "model": ""} for row in samples[0]]
+        differing = {key for key in result if result[key] != results[0][key]}
+        assert differing <= _TIMED | {"model"}
+
+    _check_result(results[0], samples[0])
+    assert "avg@4" in first.stdout and "no answer" in first.stdout and "warning" in first.stderr
+    assert not _shared_memory() - before
+
+
+def _check_result(result: dict, rows: list[dict]) -> None:
+    assert len(rows) == result["num_samples"] == 16 and result["num_problems"] == 4
+    assert sum(result["verdicts"].values()) == 16
+    assert len({row["seed"] for row in rows}) == 16 and {row["index"] for row in rows} == {0, 1, 2, 3}
+    for row in rows:
+        assert row["num_tokens"] == len(row["token_ids"]) <= 16
+        assert (row["finish_reason"] == "length") == (row["num_tokens"] == 16)
+    assert len({row["response"] for row in rows}) > 8  # samples of one prompt differ
+    assert result["engine"]["dtype"] == "float32"
+    assert result["truncated_frac"] == sum(row["finish_reason"] == "length" for row in rows) / 16
+
+
+_ENGINE_SCRIPT = """
+import json, os, sys
+import psutil, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl_dft.sampling.engine import SampleRequest, VLLMEngine
+
+def main():
+    folder = sys.argv[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = [f"Eve has {n} keys : a loses 2 , b times 2 . How many ?" for n in range(3, 15)]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+    environment, set_num_threads = dict(os.environ), torch.set_num_threads
+    with VLLMEngine(folder, max_model_len=128) as engine:
+        preload = os.environ.get("LD_PRELOAD")
+        greedy = engine.generate([SampleRequest(p, 0, temperature=0, max_tokens=24) for p in prompts])
+        sampled = [SampleRequest(p, 7 + i, max_tokens=24) for i, p in enumerate(prompts)]
+        one, two = ([g.token_ids for g in engine.generate(sampled)] for _ in range(2))
+    engine.close()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        expected.append(reference.generate(ids, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist())
+    changed = {k for k in os.environ if os.environ[k] != environment.get(k)}
+    print(json.dumps({
+        "greedy": [g.token_ids for g in greedy], "expected": expected, "repeats": one == two,
+        "children": len(psutil.Process().children(recursive=True)), "changed": sorted(changed),
+        "threads_restored": torch.set_num_threads is set_num_threads, "preload": preload,
+        "nearest_seeds_differ": len({tuple(ids) for ids in one}),
+    }))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_greedy_equals_transformers_and_the_engine_cleans_up(
+    model: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    """Token for token in float32; a repeated call repeats; nothing is left behind in the process or in /dev/shm."""
+    script, before = tmp_path / "engine.py", _shared_memory()
+    script.write_text(_ENGINE_SCRIPT)
+    done = run_command([sys.executable, script, model], timeout=120)
+    assert done.rc == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["greedy"] == seen["expected"]
+    assert len({tuple(ids) for ids in seen["expected"]}) > 6, "the model says the same to everything: a weak test"
+    assert seen["repeats"] and seen["nearest_seeds_differ"] == 12
+    assert seen["children"] == 0 and seen["threads_restored"] and "LD_PRELOAD" not in seen["changed"]
+    assert not _shared_memory() - before

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, sampling with vLLM, grading, and metrics with intervals."""

@@ -1,0 +1,1 @@
+"""Sampling text from a model: the vLLM engine, and the seeds that make a sample reproducible."""
