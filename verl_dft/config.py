@@ -168,13 +168,13 @@ def _nearest_key(key: str, folder: Path, name: str) -> str:
         return ""
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    siblings = [f"{parent}.{k}" if parent else str(k) for k in node] if isinstance(node, DictConfig) else []
-    close = difflib.get_close_matches(key, siblings, n=3, cutoff=0.6)
+    siblings = {str(k): f"{parent}.{k}" if parent else str(k) for k in node} if isinstance(node, DictConfig) else {}
+    close = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=3, cutoff=0.6)]
     keys = _flatten(OmegaConf.to_container(config, resolve=False))
     close = close or [k for k in keys if k.rpartition(".")[2] == leaf]  # the right key in the wrong place
     if close:
         return f" (did you mean {' or '.join(close[:3])}?)"
-    return f" (valid{f' under {parent!r}' if siblings and parent else ''}: {', '.join(siblings or map(str, config))})"
+    return f" (valid: {', '.join(siblings.values() or map(str, config))})"
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Iterable[str]:

@@ -85,18 +85,26 @@ def main():
         greedy = engine.generate([SampleRequest(p, 0, temperature=0, max_tokens=24) for p in prompts])
         sampled = [SampleRequest(p, 7 + i, max_tokens=24) for i, p in enumerate(prompts)]
         one, two = ([g.token_ids for g in engine.generate(sampled)] for _ in range(2))
+        # more prompt tokens than one step takes, so that some prompts are cut into chunks
+        many = engine.generate([SampleRequest(prompts[0], i, temperature=3.0, max_tokens=2) for i in range(3000)])
     engine.close()
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         expected.append(reference.generate(ids, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist())
+    first = torch.tensor([g.token_ids[0] for g in many]).bincount(minlength=512).double()
+    with torch.no_grad():
+        p = (reference(torch.tensor([prompts[0]])).logits[0, -1] / 3.0).double().softmax(-1)
+    often = p * 3000 >= 5
+    chi_square = ((first - p * 3000) ** 2 / (p * 3000))[often].sum().item()
     changed = {k for k in os.environ if os.environ[k] != environment.get(k)}
     print(json.dumps({
         "greedy": [g.token_ids for g in greedy], "expected": expected, "repeats": one == two,
         "children": len(psutil.Process().children(recursive=True)), "changed": sorted(changed),
         "threads_restored": torch.set_num_threads is set_num_threads, "preload": preload,
-        "nearest_seeds_differ": len({tuple(ids) for ids in one}),
+        "chi_square": chi_square, "degrees": int(often.sum()), "rare": first[~often].sum().item() / 3000,
+        "rare_expected": p[~often].sum().item(), "nearest_seeds_differ": len({tuple(ids) for ids in one}),
     }))
 
 if __name__ == "__main__":
@@ -107,14 +115,19 @@ if __name__ == "__main__":
 def test_greedy_equals_transformers_and_the_engine_cleans_up(
     model: Path, tmp_path: Path, run_command: Callable
 ) -> None:
-    """Token for token in float32; a repeated call repeats; nothing is left behind in the process or in /dev/shm."""
+    """Token for token in float32; samples follow the model's own distribution; a repeated call repeats; nothing is left
+    behind in the process or in /dev/shm."""
     script, before = tmp_path / "engine.py", _shared_memory()
     script.write_text(_ENGINE_SCRIPT)
     done = run_command([sys.executable, script, model], timeout=120)
     assert done.rc == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
+    print({k: seen[k] for k in ("chi_square", "degrees", "rare", "rare_expected")})
     assert seen["greedy"] == seen["expected"]
     assert len({tuple(ids) for ids in seen["expected"]}) > 6, "the model says the same to everything: a weak test"
     assert seen["repeats"] and seen["nearest_seeds_differ"] == 12
+    assert seen["degrees"] > 5, "too few likely tokens: a weak test"
+    assert seen["chi_square"] < seen["degrees"] + 5 * (2 * seen["degrees"]) ** 0.5  # mean and 5 deviations
+    assert abs(seen["rare"] - seen["rare_expected"]) < 0.05
     assert seen["children"] == 0 and seen["threads_restored"] and "LD_PRELOAD" not in seen["changed"]
     assert not _shared_memory() - before

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ForkServer, assert_same_weights, losses, weights
+from conftest import STEADY, ForkServer, assert_same_weights, losses, weights
 
 pytestmark = pytest.mark.integration
 STEPS, BATCH = 4, 8
@@ -21,6 +21,7 @@ def run(ranks: ForkServer, model: Path, rows: Path, out: Path, cache: Path, worl
         f"trainer.total_training_steps={STEPS}",
         "trainer.logger=[]",
         "optim.lr=1e-2",
+        STEADY,
         "optim.lr_warmup_steps_ratio=0",
         f"output_dir={out}",
         *options,

@@ -9,6 +9,8 @@ The rules where a template makes that difficult:
 
 - The text of the prompt is the generation prompt where it begins the full rendering. A template without a generation
   prompt, or one whose generation prompt adds text that the full rendering lacks, is cut where the marker stands.
+- What the template itself writes after the generation prompt (an empty reasoning block) is part of the response:
+  the model will have to generate it.
 - A template that rewrites the response (dropping its reasoning, for example) is not allowed to: the response is then
   the row's text after the generation prompt, less an opening that the prompt already ends with. Counted as
   ``rewritten``.

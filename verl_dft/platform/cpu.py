@@ -52,9 +52,8 @@ def _device_module() -> types.ModuleType:
     return module
 
 
-@PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
-    """verl's device abstraction without a device."""
+    """verl's device abstraction without a device. Registered by :func:`install` only: verl tries what is registered."""
 
     _module = _device_module()
 
@@ -125,15 +124,23 @@ class PlatformCPU(PlatformBase):
 
 
 def accelerator() -> str | None:
-    """Name of the accelerator platform that verl finds on this machine, None where there is none.
+    """Name of the accelerator platform of this machine, None where there is none.
 
-    verl's own detection: in a CPU-only Ray actor of a GPU node it still finds the GPU through the vendor's SMI.
+    Either answer of verl's platforms counts: in a CPU-only Ray actor of a GPU node the GPU is found through the
+    vendor's SMI alone, in a container without the SMI through torch alone.
     """
     for name in PlatformRegistry.registered_names():
-        platform = PlatformRegistry.get(name)
-        if name != "cpu" and platform is not None and platform().is_platform_available(use_smi_check=True):
+        kind = PlatformRegistry.get(name)
+        if name != "cpu" and kind is not None and _has(kind()):
             return name
     return None
+
+
+def _has(platform: PlatformBase) -> bool:
+    try:
+        return bool(platform.is_available() or platform.is_platform_available(use_smi_check=True))
+    except (AttributeError, RuntimeError):  # torch without that vendor's module
+        return False
 
 
 def install() -> bool:
@@ -145,6 +152,7 @@ def install() -> bool:
     wanted = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if wanted not in ("", "cpu") or (not wanted and accelerator()):
         return False
+    PlatformRegistry.register(platform="cpu")(PlatformCPU)
     if not isinstance(platform_manager._current_platform, PlatformCPU):
         platform_manager._current_platform = None  # cached if anything asked before plugins were loaded
         set_platform(PlatformCPU())

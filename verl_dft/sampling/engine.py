@@ -4,11 +4,9 @@ What it takes to be reproducible and to start anywhere:
 
 - ``VLLM_ENABLE_V1_MULTIPROCESSING=0``. With a scheduler in its own process, which requests share a batch depends on
   timing, and with it the last bits of the logits.
-- One seed per request. Costs a random generator per sequence (about a third of the time of a 0.5M-parameter model, a
-  vanishing part of a real one's). Unseeded sampling on a CPU goes through ``torch.compile``, whose first call alone
-  takes longer than that, and needs a C++ compiler.
-- No chunked prefill on a CPU: vLLM 0.28 rewinds the generator of a seeded request whose prompt was cut, and torch's
-  CPU generators cannot be rewound ("CPU Generator does not use offset").
+- One seed per request. On a CPU tokens are drawn by ``verl_dft.sampling.seeded``: vLLM's own seeded sampling is several
+  times slower than the model there, and fails where a prompt is cut into chunks (vLLM 0.28 rewinds the generator, which
+  torch's CPU generators cannot do). On a GPU vLLM's own is used.
 - On a CPU the KV cache gets what the sequences can fill, not a share of the machine: vLLM's default share (0.92)
   refuses to start where memory is in use.
 - float32 checkpoints run in float32. vLLM's own ``dtype=auto`` casts them down.
@@ -23,7 +21,7 @@ from typing import Any
 from verl_dft.errors import InputError
 
 _CPU_MAX_NUM_SEQS = 256
-_CPU_MIN_BATCHED_TOKENS = 4096
+_CPU_BATCHED_TOKENS = 4096
 # vLLM's default on a CPU is 128; short sequences waste most of such a block, and nothing shorter can be shared.
 _CPU_BLOCK_SIZE = 32
 _CPU_KV_MEMORY_FRAC = 0.4
@@ -169,15 +167,17 @@ class VLLMEngine:
         return [GeneratedText(list(text.token_ids), text.text, str(text.finish_reason)) for text in texts]
 
     def _sampling_params(self, request: SampleRequest) -> Any:
-        greedy = request.temperature == 0
+        options: dict[str, Any] = {"temperature": 0.0}
+        if request.temperature > 0 and self.on_cpu:
+            from verl_dft.sampling.seeded import EXTRA_ARG
+
+            drawn = (request.seed, float(request.temperature), float(request.top_p), request.top_k)
+            options["extra_args"] = {EXTRA_ARG: drawn}
+        elif request.temperature > 0:
+            options = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
+            options["seed"] = request.seed
         return self._vllm.SamplingParams(
-            n=1,
-            seed=None if greedy else request.seed,
-            temperature=request.temperature,
-            top_p=1.0 if greedy else request.top_p,
-            top_k=0 if greedy else request.top_k,
-            max_tokens=request.max_tokens,
-            stop_token_ids=list(request.stop_token_ids),
+            n=1, max_tokens=request.max_tokens, stop_token_ids=list(request.stop_token_ids), **options
         )
 
     def close(self) -> None:
@@ -230,13 +230,15 @@ def _stored_dtype(config: Any) -> str:
 def _cpu_options(
     config: Any, dtype: str, max_model_len: int, max_num_seqs: int | None, kv_cache_gib: float | None
 ) -> dict[str, Any]:
+    from verl_dft.sampling.seeded import SeededChoice
+
     sequences = max_num_seqs or _CPU_MAX_NUM_SEQS
     return {
         "enforce_eager": True,
-        "enable_chunked_prefill": False,
+        "logits_processors": [SeededChoice],
         "block_size": _CPU_BLOCK_SIZE,
         "max_num_seqs": sequences,
-        "max_num_batched_tokens": max(max_model_len, _CPU_MIN_BATCHED_TOKENS),
+        "max_num_batched_tokens": _CPU_BATCHED_TOKENS,
         "kv_cache_memory_bytes": _kv_cache_bytes(config, dtype, max_model_len, sequences, kv_cache_gib),
     }
 

@@ -1,0 +1,104 @@
+"""The exported model is the trained one: log-probs after reloading, full and LoRA; vLLM agrees with transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ForkServer
+
+pytestmark = pytest.mark.integration
+
+
+def train(
+    ranks: ForkServer, model: Path, rows: Path, out: Path, cache: Path, world: int, *options: str
+) -> dict[int, list[float]]:
+    """Train 3 steps; returns the live log-probs by row."""
+    argv = [
+        "objective=dft",
+        f"model={model}",
+        f"data={rows}",
+        f"data.cache_dir={cache}",
+        "data.max_length=256",
+        "data.train_batch_size=8",
+        "trainer.total_training_steps=3",
+        "trainer.logger=[]",
+        "optim.lr=1e-2",
+        "optim.lr_warmup_steps_ratio=0",
+        f"output_dir={out}",
+        *options,
+    ]
+    ranks.ok(argv, world=world, call="probes:export_and_score")
+    parts = [json.loads((out / f"scores_{rank}.json").read_text()) for rank in range(world)]
+    return {int(row): logp for part in parts for row, logp in part.items()}
+
+
+def reloaded_logp(folder: Path, rows: Path, cache: Path) -> tuple[dict[int, list[float]], list[int]]:
+    """Log-probs by row under the exported folder alone, at predicting positions, 0 where not trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from verl_dft.data.dataset import load_dataset
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dataset = load_dataset([rows], AutoTokenizer.from_pretrained(folder), max_length=256, cache_dir=cache)
+    found = {}
+    for index in range(len(dataset)):
+        item = dataset[index]
+        with torch.no_grad():
+            log_p = model(item["input_ids"][None]).logits[0].log_softmax(-1)
+        logp = log_p[:-1].gather(-1, item["input_ids"][1:, None])[:, 0] * item["loss_mask"][1:]
+        found[index] = [*logp.tolist(), 0.0]
+    return found, [int(n) for n in dataset.lengths]
+
+
+LORA = ("model.lora_rank=4", "model.lora_alpha=32", "optim.lr=1e-2")
+
+
+@pytest.mark.parametrize("world", [1, 2], ids=["1-rank", "2-ranks"])
+@pytest.mark.parametrize("options", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_reloaded_log_probs_equal_the_live_trainers(
+    ranks: ForkServer,
+    small_model: Path,
+    untied_model: Path,
+    uneven_rows: Path,
+    cache_dir: Path,
+    tmp_path: Path,
+    world: int,
+    options: tuple[str, ...],
+    tied: bool,
+) -> None:
+    model = small_model if tied else untied_model
+    out = tmp_path / "run"
+    live = train(ranks, model, uneven_rows, out, cache_dir, world, *options)
+    reloaded, lengths = reloaded_logp(out / "model", uneven_rows, cache_dir)
+    base, _ = reloaded_logp(model, uneven_rows, cache_dir)
+    assert sorted(live) == list(range(len(lengths)))
+    for row, length in enumerate(lengths):
+        assert len(live[row]) == length
+        torch.testing.assert_close(torch.tensor(live[row]), torch.tensor(reloaded[row]), atol=1e-5, rtol=0)
+    moved = max(abs(a - b) for row in base for a, b in zip(base[row], reloaded[row], strict=True))
+    assert moved > 1e-2, "training must have changed the model, or this test shows nothing"
+    names = json.loads((out / "model" / "config.json").read_text())
+    assert names["dtype"] == "float32" and not list((out / "model").glob("adapter*"))
+
+
+def test_bf16_export_says_so(
+    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    train(ranks, small_model, uneven_rows, tmp_path / "run", cache_dir, 1, "export.dtype=bf16")
+    tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_bf16_and_gradient_checkpointing_train(
+    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """The other precision and the other memory mode, close to the plain run."""
+    plain = train(ranks, small_model, uneven_rows, tmp_path / "plain", cache_dir, 1)
+    options = ("precision=bf16", "model.enable_gradient_checkpointing=true", "export.dtype=fp32")
+    other = train(ranks, small_model, uneven_rows, tmp_path / "bf16", cache_dir, 2, *options)
+    error = [abs(a - b) for row in plain for a, b in zip(plain[row], other[row], strict=True)]
+    assert 0 < sum(error) / len(error) < 0.2
