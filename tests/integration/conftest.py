@@ -50,12 +50,14 @@ class ForkServer:
         world: int = 1,
         call: str = "verl_dft.training.sft:main",
         env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
         timeout: float = 120,
     ) -> Finished:
         """Call ``call(argv)`` in ``world`` ranks."""
         self.count += 1
         log = self.folder / f"{self.count}.log"
         request = {"call": call, "argv": list(argv), "world": world, "env": dict(env or {}), "log": str(log)}
+        request["cwd"] = str(cwd) if cwd else None
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps({**request, "timeout": timeout}) + "\n")
         self.process.stdin.flush()

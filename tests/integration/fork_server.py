@@ -26,6 +26,8 @@ def free_port() -> int:
 
 def child(request: dict, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    if request.get("cwd"):
+        os.chdir(request["cwd"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

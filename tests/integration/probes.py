@@ -1,7 +1,6 @@
 """Functions that the fork server runs in ranks: real trainers, with what a test needs written to files."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +58,35 @@ def export_and_score(argv: list[str]) -> int:
     return 0
 
 
-def fail(argv: list[str]) -> int:
-    """Leaves with the code given, or does not leave in time."""
-    if argv[0] == "sleep":
-        import time
+def sequence_parallel_hook(argv: list[str]) -> int:
+    """The logits hook on each rank's shard of a packed sequence; rank 0 writes both ways' log-probs."""
+    from tensordict import TensorDict
+    from verl.utils.ulysses import gather_outputs_and_unpad, set_ulysses_sequence_parallel_group
 
-        time.sleep(60)
-    return int(os.environ["RANK"]) + int(argv[0])
+    from verl_dft.objectives import get_objective
+    from verl_dft.training.bridge import LossBridge
+
+    sft.init_distributed()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    set_ulysses_sequence_parallel_group(torch.distributed.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(9, (length,), generator=generator) for length in (4, 7, 2)]
+    masks = [(torch.arange(len(row)) > 0).long() for row in rows]
+    total = sum(map(len, rows))  # 13 tokens: the last shard is padded
+    logits = torch.randn(total, 9, generator=generator)
+
+    def data(sp_size: int) -> TensorDict:
+        columns = {"input_ids": rows, "loss_mask": masks}
+        nested = {name: torch.nested.as_nested_tensor(value, layout=torch.jagged) for name, value in columns.items()}
+        return tu.get_tensordict(nested, {"sp_size": sp_size})
+
+    bridge = LossBridge(get_objective("sft"))
+    whole = bridge(student_logits=logits[None], data=data(1))["logp"][0]
+    pad = -total % world
+    shard = torch.nn.functional.pad(logits, (0, 0, 0, pad)).chunk(world)[rank]
+    part = bridge(student_logits=shard[None], data=data(world))["logp"][0]
+    joined = gather_outputs_and_unpad(part, gather_dim=0, unpad_dim=0, padding_size=pad)
+    if rank == 0:
+        Path(argv[0]).write_text(json.dumps({"whole": whole.tolist(), "joined": joined.tolist()}))
+    destroy_global_process_group()
+    return 0

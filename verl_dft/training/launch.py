@@ -25,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
 
         sft.run(config)
     else:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os.execv(sys.executable, torchrun(config, argv))
     return 0
 

@@ -4,6 +4,7 @@ Run by the command before it launches ranks, and again by each rank, which then 
 with the input is an :class:`InputError` here.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ class Rows:
     train: RowDataset
     val: RowDataset | None
 
+    def keys(self) -> dict[str, str | None]:
+        """What the tensors were made from: a hash of files, tokenizer and settings each."""
+        return {"train": self.train.folder.name, "val": self.val.folder.name if self.val else None}
+
 
 def prepare_run(argv: Sequence[str]) -> DictConfig:
     """Compose, claim the output directory, make and tokenise rows. Returns the configuration to train with."""
@@ -41,27 +46,32 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".setup.lock"):  # ranks started by hand prepare one after the other
-        claim_output(config, output)
+        check_output(config, output)
+        as_given = OmegaConf.to_yaml(config, resolve=True)
         prepared = prepare_rows(config.data, output / "data")
         config.data.train_files = [str(path) for path in prepared.train]
         config.data.val_files = [str(path) for path in prepared.val] or None
         _check_validation(config)
         rows = load_rows(config, _tokenizer(config))
+        _check_same_rows(rows, output)
         if config.model.use_remove_padding == "auto":
             config.model.use_remove_padding = _packs(config, rows.train)
         if os.environ.get("RANK", "0") == "0":
+            with atomic_write(output / "config.yaml") as file:  # the input was good: the directory is this run's now
+                file.write(as_given)
+            write_json(output / "data" / "rows.json", rows.keys())
             report = {"train": rows.train.report, "val": rows.val.report if rows.val else None}
             write_json(output / "data" / "report.json", report)
             _print_report(report)
     return config
 
 
-def claim_output(config: DictConfig, output: Path) -> None:
-    """Write ``config.yaml``, or compare with the one that is there: a directory holds one run."""
+def check_output(config: DictConfig, output: Path) -> None:
+    """Raise :class:`InputError` if ``output`` holds something else than this run or the remains of a failed start."""
     path = output / "config.yaml"
-    mine = _fingerprint(config)
-    if path.is_file():
-        theirs = _fingerprint(OmegaConf.load(path))
+    started = (output / "metrics.jsonl").exists() or (output / "checkpoints").exists()
+    if path.is_file() and started:
+        mine, theirs = _fingerprint(config), _fingerprint(OmegaConf.load(path))
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         if differing:
             shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in differing[:5])
@@ -71,11 +81,20 @@ def claim_output(config: DictConfig, output: Path) -> None:
                 "output_dir, or delete that one"
             )
         return
-    strangers = [entry.name for entry in output.iterdir() if entry.name != ".setup.lock"]
+    ours = {".setup.lock", "config.yaml", *(["data"] if (output / "data" / ".prepare.lock").exists() else [])}
+    strangers = sorted(entry.name for entry in output.iterdir() if entry.name not in ours)
     if strangers:
         raise InputError(f"output_dir={output} is not empty and holds no run ({strangers[0]}, …); choose another")
-    with atomic_write(path) as file:
-        file.write(OmegaConf.to_yaml(config, resolve=True))
+
+
+def _check_same_rows(rows: Rows, output: Path) -> None:
+    """A run that has begun goes on with the rows it began with, or not at all."""
+    path = output / "data" / "rows.json"
+    if (output / "metrics.jsonl").exists() and path.is_file() and json.loads(path.read_text()) != rows.keys():
+        raise InputError(
+            f"the rows or the tokenizer have changed since the run in output_dir={output} began; restore them, or "
+            "choose another output_dir"
+        )
 
 
 def _fingerprint(config: Any) -> dict[str, Any]:
