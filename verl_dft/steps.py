@@ -253,6 +253,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """In the child, before its command: be killed with the parent, so that a killed run leaves nobody in its folders."""
+    """In the child, before its command: be killed with the parent: a killed run leaves nobody in its folders."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -72,6 +72,7 @@ import json, os, sys
 import psutil, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl_dft.sampling.engine import SampleRequest, VLLMEngine
+from verl_dft.sampling.seeds import sample_seed
 
 def main():
     folder = sys.argv[1]
@@ -86,7 +87,8 @@ def main():
         sampled = [SampleRequest(p, 7 + i, max_tokens=24) for i, p in enumerate(prompts)]
         one, two = ([g.token_ids for g in engine.generate(sampled)] for _ in range(2))
         # more prompt tokens than one step takes, so that some prompts are cut into chunks
-        many = engine.generate([SampleRequest(prompts[0], i, temperature=3.0, max_tokens=2) for i in range(3000)])
+        seeds = [sample_seed(0, "p", i) for i in range(3000)]
+        many = engine.generate([SampleRequest(prompts[0], s, temperature=3.0, max_tokens=2) for s in seeds])
     engine.close()
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     expected = []

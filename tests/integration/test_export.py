@@ -1,6 +1,8 @@
 """The exported model is the trained one: log-probs after reloading, full and LoRA; vLLM agrees with transformers."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,59 @@ def test_bf16_and_gradient_checkpointing_train(
     other = train(ranks, small_model, uneven_rows, tmp_path / "bf16", cache_dir, 2, *options)
     error = [abs(a - b) for row in plain for a, b in zip(plain[row], other[row], strict=True)]
     assert 0 < sum(error) / len(error) < 0.2
+
+
+_GREEDY = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl_dft.data.arithmetic import heldout_problems
+from verl_dft.sampling.engine import SampleRequest, VLLMEngine
+
+def main():
+    folder = sys.argv[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chats = [[{"role": "user", "content": p.problem}] for p in heldout_problems(12, seed=3)]
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+    stop = [tokenizer.eos_token_id]
+    with VLLMEngine(folder, max_model_len=160) as engine:
+        requests = [SampleRequest(p, 0, temperature=0, max_tokens=60, stop_token_ids=stop) for p in prompts]
+        greedy = engine.generate(requests)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    options = {"max_new_tokens": 60, "do_sample": False}
+    expected = [model.generate(torch.tensor([p]), **options)[0, len(p):].tolist() for p in prompts]
+    found = {"vllm": [g.token_ids for g in greedy], "texts": [g.text for g in greedy]}
+    print(json.dumps({**found, "transformers": expected}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_vllm_greedy_equals_transformers_on_an_export(
+    ranks: ForkServer, cache_dir: Path, tmp_path: Path, run_command: Callable
+) -> None:
+    """The tiny base after three steps of DFT with LoRA on two ranks."""
+    from verl_dft.paths import recipes_dir
+
+    argv = [
+        "objective=dft",
+        f"model={recipes_dir() / 'tiny' / 'base'}",
+        "data=arithmetic",
+        f"data.cache_dir={cache_dir}",
+        "data.max_length=256",
+        "data.train_batch_size=16",
+        "model.lora_rank=8",
+        "trainer.total_training_steps=3",
+        "trainer.logger=[]",
+        "optim.lr=1e-3",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    ranks.ok(argv, world=2)
+    script = tmp_path / "greedy.py"
+    script.write_text(_GREEDY)
+    done = run_command([sys.executable, script, tmp_path / "run" / "model"], timeout=180)
+    assert done.rc == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["vllm"] == seen["transformers"]
+    assert len(set(seen["texts"])) == 12 and sum("boxed" in text for text in seen["texts"]) > 6

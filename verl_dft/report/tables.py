@@ -31,7 +31,7 @@ class Table:
 
 
 def comparison_table(results: Mapping[str, Mapping[str, Any]], against: Sequence[str] = ()) -> Table:
-    """avg@n with its interval, differences to the rows named in ``against``, pass@n, levels, answerless and cut-off shares.
+    """avg@n with its interval, differences to the rows named in ``against``, pass@n, levels, what went wrong.
 
     Args:
         results: row name -> an evaluation's ``result.json``, all of the same problems and n.

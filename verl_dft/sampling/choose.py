@@ -1,7 +1,8 @@
 r"""Drawing a token from logits with one uniform number per token, which makes a seeded draw cheap and repeatable.
 
 vLLM's own seeded sampling draws one exponential number per *vocabulary entry* from a generator per sequence. On a CPU
-that is a scalar loop: 12 ms a token for a vocabulary of 49,152, four times the forward pass of a 135M-parameter model.
+that is a scalar loop: 1.5 ms a token for a vocabulary of 49,152 on one core, against 0.3 ms here (4.6 and 0.5 ms for
+151,936), measured in alternation on a machine in use.
 Inverting the distribution function needs a single uniform number u: the token is the first one with
 ``cumsum(p) > u * sum(p)``. The u of a token is a hash of (seed, position), so a draw does not depend on what else is
 in the batch, on preemption, or on how a prompt was cut up.

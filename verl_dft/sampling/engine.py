@@ -4,9 +4,9 @@ What it takes to be reproducible and to start anywhere:
 
 - ``VLLM_ENABLE_V1_MULTIPROCESSING=0``. With a scheduler in its own process, which requests share a batch depends on
   timing, and with it the last bits of the logits.
-- One seed per request. On a CPU tokens are drawn by ``verl_dft.sampling.seeded``: vLLM's own seeded sampling is several
-  times slower than the model there, and fails where a prompt is cut into chunks (vLLM 0.28 rewinds the generator, which
-  torch's CPU generators cannot do). On a GPU vLLM's own is used.
+- One seed per request. On a CPU tokens are drawn by ``verl_dft.sampling.seeded``: vLLM's own seeded sampling is slow
+  there (see ``verl_dft.sampling.choose``) and fails where a prompt is cut into chunks (vLLM 0.28 rewinds the generator,
+  which torch's CPU generators cannot do). On a GPU vLLM's own is used.
 - On a CPU the KV cache gets what the sequences can fill, not a share of the machine: vLLM's default share (0.92)
   refuses to start where memory is in use.
 - float32 checkpoints run in float32. vLLM's own ``dtype=auto`` casts them down.

@@ -175,5 +175,5 @@ def _packs(config: DictConfig, rows: RowDataset) -> bool:
 def _print_report(report: dict[str, Any]) -> None:
     for name, counts in report.items():
         if counts:
-            text = ", ".join(f"{key} {value}" for key, value in counts.items() if isinstance(value, int))
+            text = ", ".join(f"{key} {value}" for key, value in counts.items() if isinstance(value, int) and value)
             print(f"{name} rows: {text}", file=sys.stderr, flush=True)

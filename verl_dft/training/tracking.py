@@ -45,7 +45,7 @@ class RunTracker:
     """Stands where verl's ``Tracking`` does in ``fit``: same constructor, same ``log``."""
 
     def __init__(self, trainer: Any, **kwargs: Any) -> None:
-        self.trainer = trainer
+        self.trainer, self.run_name = trainer, trainer.run_name
         folder = Path(trainer.config.output_dir)
         os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
         os.environ.setdefault("WANDB_DIR", str(folder))
@@ -55,12 +55,13 @@ class RunTracker:
         self.bar = tqdm(
             total=trainer.total_training_steps,
             initial=resume_step,
-            desc=trainer.run_name,
+            desc=self.run_name,
             unit="step",
             file=sys.stderr,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        self.last = time.perf_counter()
+        self.started = self.last = time.perf_counter()
+        self.latest: dict[str, float] = {}
 
     def log(self, data: dict[str, Any], step: int) -> None:
         """Send the plain numbers of ``data`` to every backend."""
@@ -74,6 +75,7 @@ class RunTracker:
             for name, value in data.items()
             if isinstance(value, numbers.Number) and (name != "train/mfu" or value > 0)
         }
+        self.latest.update(plain)
         self.tracking.log(data=plain, step=step)
         self.file.log(plain, step)
         if "train/loss" in plain and not math.isfinite(plain["train/loss"]):
@@ -88,7 +90,10 @@ class RunTracker:
         return {**data, "perf/step_s": seconds, "perf/tokens_per_s": speed}
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the bar and verl's trackers."""
+        """Close the bar and verl's trackers, and say how it ended."""
         self.bar.close()
+        shown = [f"{name} {self.latest[name]:.4f}" for name in ("train/loss", "train/nll", "val/nll", "val/objective")
+                 if name in self.latest]  # fmt: skip
+        print(f"trained {self.run_name} in {time.perf_counter() - self.started:.1f} s: {', '.join(shown)}", flush=True)
         self.file.file.close()
         self.tracking.finish(exit_code)

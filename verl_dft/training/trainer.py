@@ -28,15 +28,15 @@ BALANCED = ("token_mean", "sequence_sum")
 
 @contextmanager
 def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
-    """Set module-level names for the length of a block."""
-    originals = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
-        setattr(module, name, value)
+    """Set module-level names for the length of a block; a name the module lacks (a built-in) is removed again."""
+    originals = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    module.__dict__.update(names)
     try:
         yield
     finally:
-        for name, value in originals.items():
-            setattr(module, name, value)
+        for name in names:
+            del module.__dict__[name]
+        module.__dict__.update(originals)
 
 
 class ObjectiveTrainerMixin:
@@ -49,6 +49,11 @@ class ObjectiveTrainerMixin:
     train_dataset: RowDataset
     resume_global_step: int
     total_training_steps: int
+
+    def __init__(self, config: Any) -> None:
+        # verl prints the whole configuration, which is in config.yaml
+        with replaced(self.verl_module, print=_silent):
+            super().__init__(config)
 
     @property
     def run_name(self) -> str:
@@ -127,7 +132,8 @@ class ObjectiveTrainerMixin:
         """verl's loop from the first step that is not done, then the export."""
         if self.resume_global_step < self.total_training_steps:
             self.train_sampler.start_at(self.resume_global_step % len(self.train_dataloader))
-            with replaced(self.verl_module, Tracking=self._tracker, tqdm=_pass_through):
+            # verl's closing prints are a train time of 0 and the mean of batch means: the tracker has both right
+            with replaced(self.verl_module, Tracking=self._tracker, tqdm=_pass_through, print=_silent):
                 super().fit()  # type: ignore[misc]
             if getattr(self, "tracker", None) is not None:
                 self.tracker.finish()
@@ -150,6 +156,10 @@ class ObjectiveTrainerMixin:
 def _pass_through(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
     """In place of ``tqdm`` in ``fit``: the tracker keeps one bar for the whole run instead of one an epoch."""
     return iterable
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """In place of ``print``."""
 
 
 def run_guarded(run: Callable[[], None]) -> int:
