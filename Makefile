@@ -1,23 +1,29 @@
 # Each target makes or updates .venv by itself; that costs nothing when nothing changed.
 #   make demo        the tiny world, start to finish        make test       unit and integration tests
 #   make lint        ruff                                   make test-all   the slow ones too
-#   make PYTHON=python3.12 …                                make test PYTEST_ARGS="-k dft -x"
+#   make base        the tiny world's base model, anew      make PYTHON=python3.12 …
+#   make demo DEMO_ARGS="seed=2 output_dir=runs/demo2"      make test PYTEST_ARGS="-k dft -x"
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format lock clean clean-venv
+.PHONY: help setup demo base test test-slow test-all lint format lock clean clean-venv
 
 help:
-	@sed -n '1,4s/^# *//p' Makefile
+	@sed -n '1,5s/^# *//p' Makefile
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup
-	$(BIN)/verl-dft demo
+	$(BIN)/verl-dft demo $(DEMO_ARGS)
+
+# trains the tiny world's base model anew and ships it in recipes/tiny/base, about 3 minutes
+base: setup
+	$(BIN)/python scripts/make_base.py
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +61,7 @@ def provenance(
     models = {name: result["model"] for name, result in results.items()}
     return {
         "config": config,
-        "commands": {step.name: records[step.name]["command"] for step in steps},
+        "commands": {step.name: _typed(records[step.name]["command"]) for step in steps},
         "seconds": {step.name: records[step.name]["seconds"] for step in steps},
         "models": models,
         "model_sha256": {name: sha256_file(Path(model) / "model.safetensors") for name, model in models.items()},
@@ -69,6 +71,12 @@ def provenance(
         "hardware": f"{_processor()}, {os.cpu_count()} logical cores, {_device(results)}",
         "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _typed(command: str) -> str:
+    """A step's command as one would type it."""
+    python = shlex.quote(sys.executable)
+    return command.replace(f"{python} -m verl_dft.cli", "verl-dft").replace(python, "python")
 
 
 def _generator(results: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -17,9 +17,10 @@ from verl_dft.platform.hooks import when_imported
 
 def python(code: str, **env: str) -> dict:
     """Run code in a fresh interpreter; it prints one JSON line last."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}  # as this process set
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **env},
+        capture_output=True, text=True, timeout=120, env={**clean, **env},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

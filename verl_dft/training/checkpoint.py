@@ -64,6 +64,7 @@ class MarkedCheckpoints(CheckpointHandler):
     def load_checkpoint(self) -> int:
         """Load the newest whole checkpoint (or ``resume_from_path``); returns its step, 0 for none."""
         path = self._resume_path()
+        self._agree(path)
         if path is None:
             return 0
         marker = json.loads((path / MARKER).read_text())
@@ -87,6 +88,17 @@ class MarkedCheckpoints(CheckpointHandler):
             return path
         steps = completed_steps(self.default_local_dir)
         return checkpoint_path(self.default_local_dir, steps[-1]) if steps else None
+
+    def _agree(self, path: Path | None) -> None:
+        if self.mode != OrchestrationMode.SPMD:
+            return
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, path and path.name)
+        if len(set(found)) > 1:
+            raise InputError(
+                f"ranks see different checkpoints in {self.default_local_dir} ({', '.join(map(str, found))}); "
+                "output_dir must lie on a file system that all nodes share"
+            )
 
     def _forget_old(self) -> None:
         if not self.max_ckpt_to_keep or self.max_ckpt_to_keep < 1:
