@@ -73,3 +73,11 @@ def test_numbers_are_bounded() -> None:
 def test_text_is_words_not_algebra() -> None:
     assert is_text("shortage") and is_text(r"\text{even}") and is_text("No")
     assert not is_text("xy") and not is_text("x") and not is_text(r"\sqrt{2}") and not is_text("3 apples")
+
+
+def test_a_long_run_of_words_after_a_number_is_read_at_once() -> None:
+    """A pattern that backtracks would take 2^60 steps here, in the process that no pool can kill."""
+    from verl_dft.grading.normalize import strip_unit
+
+    text = "5 " + "a " * 60 + "="
+    assert strip_unit(text) == text.strip()

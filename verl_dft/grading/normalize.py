@@ -9,7 +9,7 @@ _REMOVED = re.compile(r"\\(?:[,;:!> ]|quad|qquad|left|right|displaystyle|approx|
 _FRACTION_NAMES = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BARE_FRACTION = re.compile(r"\\frac(\d)(\d)(?!\d)")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname|mbox)\s*\{([^{}]*)\}")
-_UNIT = re.compile(r"(?:\^\{?\\circ\}?|°|\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?|[a-zA-Z][a-zA-Z/ ]*\.?)+$")
+_UNIT = re.compile(r"(?:\^\{?\\circ\}?|°|\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?|[a-zA-Z][/ ]*\.?)+$")
 _ASSIGNED = re.compile(r"[A-Za-z]\w*(?:\([A-Za-z]\))?=")
 _E_NOTATION = re.compile(r"(?<![A-Za-z])(\d+(?:\.\d*)?)[eE]([+-]?\d+)(?![A-Za-z\d])")
 _THOUSANDS = re.compile(r"(?<=\d)\{,\}(?=\d)|(?<=\d),\\!(?=\d{3})")

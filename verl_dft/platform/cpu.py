@@ -137,8 +137,10 @@ def accelerator() -> str | None:
 
 
 def _has(platform: PlatformBase) -> bool:
+    # a vendor's SMI says nothing where this torch was built without any accelerator: a CPU wheel on a GPU machine
+    built = bool(torch.version.cuda or torch.version.hip or hasattr(torch, "npu"))
     try:
-        return bool(platform.is_available() or platform.is_platform_available(use_smi_check=True))
+        return bool(platform.is_available() or (built and platform.is_platform_available(use_smi_check=True)))
     except (AttributeError, RuntimeError):  # torch without that vendor's module
         return False
 

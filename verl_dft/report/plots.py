@@ -64,13 +64,17 @@ def training_curves(
     for axis, (metric, title) in zip(axes[0], curves, strict=True):
         _panel(axis, data, metric)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
+        axis.set_xlabel("step (dashed: validation)" if _has_validation(data, metric) else "step")
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     with atomic_write(out, "wb") as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
     return Path(out)
+
+
+def _has_validation(data: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> bool:
+    return any(series(rows, metric.replace("train/", "val/"))[0] for rows in data.values())
 
 
 def _panel(axis: Any, data: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> None:
@@ -82,7 +86,5 @@ def _panel(axis: Any, data: Mapping[str, Sequence[Mapping[str, float]]], metric:
         val_steps, val_values = series(rows, metric.replace("train/", "val/"))
         axis.plot(val_steps, val_values, color=color, linestyle="--", marker="o", markersize=3, linewidth=0.8)
         drawn = drawn or bool(steps)
-        if val_steps:
-            axis.text(0.98, 0.95, "dashed: validation", transform=axis.transAxes, ha="right", va="top", fontsize=8)
     if not drawn:
         raise InputError(f"none of the runs {', '.join(data)} has the metric {metric!r}")

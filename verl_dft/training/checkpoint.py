@@ -65,6 +65,7 @@ class MarkedCheckpoints(CheckpointHandler):
         """Load the newest whole checkpoint (or ``resume_from_path``); returns its step, 0 for none."""
         path = self._resume_path()
         self._agree(path)
+        self._drop_later(path)
         if path is None:
             return 0
         marker = json.loads((path / MARKER).read_text())
@@ -88,6 +89,15 @@ class MarkedCheckpoints(CheckpointHandler):
             return path
         steps = completed_steps(self.default_local_dir)
         return checkpoint_path(self.default_local_dir, steps[-1]) if steps else None
+
+    def _drop_later(self, path: Path | None) -> None:
+        """Whole checkpoints beyond the one resumed from are another history and must not be taken for this run."""
+        first = int(_FOLDER.search(path.name)[1]) if path is not None and _FOLDER.search(path.name) else 0
+        if self.rank == 0:
+            for step in completed_steps(self.default_local_dir):
+                if step > first:
+                    (checkpoint_path(self.default_local_dir, step) / MARKER).unlink()
+        self._barrier()
 
     def _agree(self, path: Path | None) -> None:
         if self.mode != OrchestrationMode.SPMD:

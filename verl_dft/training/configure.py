@@ -43,6 +43,8 @@ def has_accelerator() -> bool:
     """Whether verl would find an accelerator here (torch's view; ``hardware=gpu`` on the command line overrules)."""
     import torch
 
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        return False
     return torch.cuda.is_available() or bool(getattr(torch, "npu", None) and torch.npu.is_available())
 
 
@@ -58,13 +60,15 @@ def data_parallel_size(config: DictConfig) -> int:
 
 def _complete(config: DictConfig) -> None:
     """Fill in ``auto`` values that need no model or data."""
+    config.output_dir = os.path.abspath(config.output_dir)  # a Ray worker's working directory is another
     if "WORLD_SIZE" in os.environ and config.launcher == "torchrun":  # started by torchrun: it knows the ranks
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         config.trainer.n_gpus_per_node = local
         config.trainer.nnodes = int(os.environ["WORLD_SIZE"]) // local
     attention = config.model.override_config.get("attn_implementation")
     if attention == "auto":
-        has_flash = importlib.util.find_spec("flash_attn") is not None
+        # flash attention takes fp16 and bf16 only
+        has_flash = importlib.util.find_spec("flash_attn") is not None and config.precision != "fp32"
         config.model.override_config.attn_implementation = "flash_attention_2" if has_flash else "sdpa"
     if config.model.use_remove_padding == "auto" and config.trainer.device != "cpu":
         flash = config.model.override_config.get("attn_implementation", "flash_attention_2")
@@ -96,6 +100,14 @@ def _check_choices(config: DictConfig) -> None:
     _choice(config, "export.dtype", _DTYPES)
     _choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
     _choice(config, "data.overlong", ("drop", "truncate", "error"))
+    _choice(config, "optim.lr_scheduler_type", ("constant", "cosine"))
+    steps = config.trainer.total_training_steps
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise InputError(f"trainer.total_training_steps={steps} must be at least 1, or null for whole epochs")
+    if not isinstance(config.trainer.seed, int) or config.trainer.seed < 0:
+        raise InputError(f"trainer.seed={config.trainer.seed} must be a whole number of at least 0")
+    if not config.optim.clip_grad or config.optim.clip_grad < 0:
+        raise InputError(f"optim.clip_grad={config.optim.clip_grad} must be above 0; a large number switches it off")
     if config.trainer.device == "cpu":
         _choice(config, "engine.strategy", ("fsdp2",))
     for key in ("train_batch_size", "max_length", "micro_batch_size_per_gpu"):
@@ -126,7 +138,9 @@ def _check_batch(config: DictConfig) -> None:
             f"trainer.reduction={config.trainer.reduction} depends on micro-batches of fixed size; "
             "set data.use_dynamic_bsz=false"
         )
-    if data.use_dynamic_bsz and data.max_token_len_per_gpu < data.max_length:
+    if data.use_dynamic_bsz and (
+        data.max_token_len_per_gpu * config.engine.ulysses_sequence_parallel_size < data.max_length
+    ):
         raise InputError(
             f"data.max_token_len_per_gpu={data.max_token_len_per_gpu} is below data.max_length={data.max_length}: "
             "the longest row would not fit a forward pass"

@@ -40,6 +40,8 @@ def export_model(engine: Any, path: Path, dtype: str) -> None:
         model.config.dtype = DTYPES[dtype]
         with atomic_dir(path) as folder:
             model.save_pretrained(folder)
+            for file in folder.glob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes private files
             engine.model_config.get_processor().save_pretrained(folder)
             failpoint("export.before_rename")
     torch.distributed.barrier()
@@ -58,6 +60,10 @@ def _plain_model(engine: Any, state: dict[str, torch.Tensor]) -> torch.nn.Module
         model.generation_config = GenerationConfig.from_pretrained(source.local_path)
     except OSError:  # a base model without one: the config's ids are used
         model.generation_config = GenerationConfig.from_model_config(config)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # sampling values without do_sample, as many bases ship them, cannot be saved
+        model.generation_config.do_sample = True
     adapters = getattr(engine.module, "peft_config", None)
     if adapters:
         from peft import get_peft_model

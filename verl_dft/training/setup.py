@@ -81,7 +81,13 @@ def check_output(config: DictConfig, output: Path) -> None:
                 "output_dir, or delete that one"
             )
         return
-    ours = {".setup.lock", "config.yaml", *(["data"] if (output / "data" / ".prepare.lock").exists() else [])}
+    ours = {
+        ".setup.lock",
+        "config.yaml",
+        "tensorboard",
+        "wandb",
+        *(["data"] if (output / "data" / ".prepare.lock").exists() else []),
+    }
     strangers = sorted(entry.name for entry in output.iterdir() if entry.name not in ours)
     if strangers:
         raise InputError(f"output_dir={output} is not empty and holds no run ({strangers[0]}, …); choose another")

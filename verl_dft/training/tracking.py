@@ -68,6 +68,7 @@ class RunTracker:
         if "val/loss" in data:  # verl's mean of batch means; ours is exact and covers every row
             metrics = self.trainer.val_dataloader.metrics
             data = {f"val/{name}": value for name, value in metrics.items()}
+            self.last = time.perf_counter()  # the next step's time is its own
         else:
             data = self._with_speed(data)
         plain = {

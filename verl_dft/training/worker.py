@@ -26,6 +26,12 @@ class ObjectiveWorker(TrainingWorker):
 
     _validation: dict[str, float] | None = None
 
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        """Build the model; what is random about it (LoRA) follows the run's seed, which verl does not see to."""
+        torch.manual_seed(self.engine_config.seed)
+        super().reset()
+
     @register(dispatch_mode=_DISPATCH, blocking=False)
     def train_batch(self, data: TensorDict) -> TensorDict:
         """One optimizer step on this rank's share of the global batch."""
