@@ -8,7 +8,8 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from verl_dft.objectives import TokenBatch, TokenLoss, get_objective
-from verl_dft.training.bridge import REDUCTIONS, SUMS, LossBridge, ScoreBridge, loss_weight, shift_left
+from verl_dft.training.bridge import SUMS, LossBridge, ScoreBridge, loss_weight, shift_left
+from verl_dft.training.configure import REDUCTIONS
 from verl_dft.training.logprob import token_logp
 
 VOCAB = 11

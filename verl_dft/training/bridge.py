@@ -16,9 +16,6 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl_dft.objectives import Objective, TokenBatch, TokenLoss
 from verl_dft.training.logprob import CHUNK_TOKENS, token_logp
 
-REDUCTIONS = ("token_mean", "sequence_sum", "micro_batch_mean", "micro_batch_sum")
-"""How per-token losses become one number; see :func:`loss_weight`."""
-
 ROW_COLUMNS = ("advantage", "ref_logp", "behavior_logp")
 """Fields of a TokenBatch that come from the rows."""
 

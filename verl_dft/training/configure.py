@@ -22,7 +22,8 @@ COMPUTED_FIELDS = frozenset({"entropy"})
 """What the trainer computes itself when an objective requires it."""
 
 MAX_AUTO_MICRO_BATCH = 16
-_REDUCTIONS = ("token_mean", "sequence_sum", "micro_batch_mean", "micro_batch_sum")
+REDUCTIONS = ("token_mean", "sequence_sum", "micro_batch_mean", "micro_batch_sum")
+"""How per-token losses become one number; see ``bridge.loss_weight``."""
 _DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -95,7 +96,7 @@ def _choice(config: DictConfig, key: str, valid: Sequence[Any]) -> None:
 
 def _check_choices(config: DictConfig) -> None:
     _choice(config, "launcher", ("torchrun", "ray"))
-    _choice(config, "trainer.reduction", _REDUCTIONS)
+    _choice(config, "trainer.reduction", REDUCTIONS)
     _choice(config, "precision", ("fp32", "bf16"))
     _choice(config, "export.dtype", _DTYPES)
     _choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
