@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from verl_dft.objectives.batch import OPTIONAL_FIELDS, Objective, TokenBatch
+from verl_dft.origins import ORIGINS
 
 REPORTED = ("nll", "token_weight", "changed_frac")
 """Metrics that every objective reports."""
@@ -51,12 +52,15 @@ def make_batch(
         "behavior_logp": behavior,
         "entropy": noise(2.0),
         "ref_kl": noise(0.5),
+        "ema_logp": (logp + noise(0.4) - 0.2).clamp(max=0),
     }
     return TokenBatch(
         logp=logp.to(dtype).requires_grad_(),
         mask=torch.zeros_like(mask) if all_masked else mask,
         seq=seq,
         num_seqs=num_seqs,
+        origin=seq % len(ORIGINS),
+        exempt=position % 4 == 2,
         **{name: value.to(dtype) for name, value in fields.items()},
     )
 
@@ -115,7 +119,8 @@ def check_masked_tokens_cannot_leak(objective: Objective) -> None:
         fields = {}
         for name in ("logp", *OPTIONAL_FIELDS):
             value = getattr(batch, name).detach().clone()
-            value[~batch.mask] = wild
+            if value.is_floating_point():
+                value[~batch.mask] = wild
             fields[name] = value
         wild_loss, wild_grad = run(objective, dataclasses.replace(batch, **fields))
         assert torch.equal(loss, wild_loss), f"losses depend on masked tokens (filled with {wild})"

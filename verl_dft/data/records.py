@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from verl_dft.data import tables
 from verl_dft.errors import InputError
+from verl_dft.origins import ORIGINS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIGINS = ("expert", "teacher", "self", "guided")
 PER_TOKEN = ("ref_logp", "behavior_logp")
 BUILDERS = {
     "advantage": "verl-dft groups",

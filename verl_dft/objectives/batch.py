@@ -6,7 +6,17 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-OPTIONAL_FIELDS = ("advantage", "ref_logp", "old_logp", "behavior_logp", "entropy", "ref_kl")
+OPTIONAL_FIELDS = (
+    "advantage",
+    "ref_logp",
+    "old_logp",
+    "behavior_logp",
+    "ema_logp",
+    "entropy",
+    "ref_kl",
+    "origin",
+    "exempt",
+)
 """The fields of :class:`TokenBatch` that an objective may list in ``requires``."""
 
 
@@ -30,10 +40,16 @@ class TokenBatch:
     """[N] float32, nats, the policy at the start of the current batch."""
     behavior_logp: Tensor | None = None
     """[N] float32, nats, the policy that wrote the text; NaN where unknown."""
+    ema_logp: Tensor | None = None
+    """[N] float32, nats, the exponential moving average of the policy's weights, after the previous step."""
     entropy: Tensor | None = None
     """[N] float32, nats, of the next-token distribution."""
     ref_kl: Tensor | None = None
     """[N] float32, nats, KL(reference || policy) over the full vocabulary, with grad."""
+    origin: Tensor | None = None
+    """[N] int64, who wrote the sequence: an index into :data:`verl_dft.origins.ORIGINS`."""
+    exempt: Tensor | None = None
+    """[N] bool, tokens named by the objective's ``exempt_tokens`` (see :class:`verl_dft.objectives.dft.DFT`)."""
 
     def sequence_mean(self, x: Tensor) -> Tensor:
         """Mean of ``x`` [N] over the trained tokens of each sequence: [B]; 0 for a sequence without one."""
@@ -62,7 +78,7 @@ class Objective(Protocol):
     """A pure function of a :class:`TokenBatch`; it never sees padding, ranks, configs or reductions."""
 
     requires: ClassVar[frozenset[str]]
-    """Which of :data:`OPTIONAL_FIELDS` must be present."""
+    """Which of :data:`OPTIONAL_FIELDS` must be present; a property where it depends on the options."""
 
     def __call__(self, batch: TokenBatch) -> TokenLoss: ...
 
