@@ -1,8 +1,9 @@
 # Each target makes or updates .venv by itself; that costs nothing when nothing changed.
 #   make demo        the tiny world, start to finish        make test       unit and integration tests
 #   make lint        ruff                                   make test-all   the slow ones too
-#   make base        the tiny world's base model, anew      make PYTHON=python3.12 …
+#   make base        the tiny world's base model, anew      make docs       generated parts of docs/
 #   make demo DEMO_ARGS="seed=2 output_dir=runs/demo2"      make test PYTEST_ARGS="-k dft -x"
+#   make PYTHON=python3.12 …
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -10,10 +11,10 @@ DEMO_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo base test test-slow test-all lint format lock clean clean-venv
+.PHONY: help setup demo base test test-slow test-all lint format docs lock clean clean-venv
 
 help:
-	@sed -n '1,5s/^# *//p' Makefile
+	@sed -n '1,6s/^# *//p' Makefile
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
@@ -41,6 +42,10 @@ lint: setup
 format: setup
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+# the generated parts of docs/*.md
+docs: setup
+	$(BIN)/python scripts/make_docs.py
 
 # resolves requirements/*.lock again from pyproject.toml; LOCK_ARGS=--upgrade takes newer versions
 lock:

@@ -33,6 +33,7 @@ import psutil  # noqa: E402
 import pytest  # noqa: E402
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["plugin_package"]  # a package with tests of its own: integration/test_plugin_package.py runs them
 GRACE_S = 15
 """Seconds a timed-out command gets between SIGTERM and SIGKILL, so that torchrun can end its own ranks."""
 

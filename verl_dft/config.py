@@ -1,6 +1,7 @@
 """Composing a run's configuration with Hydra, and answering a mistake with the valid names."""
 
 import difflib
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -14,6 +15,8 @@ from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, O
 from verl_dft.errors import InputError
 from verl_dft.paths import configs_dir, recipes_dir
 
+_PLUGINS = "verl_dft.objectives"
+"""Entry-point group of other packages' objectives; :mod:`verl_dft.objectives` reads it too, but imports torch."""
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(=(?P<value>.*))?$", re.DOTALL)
 
 
@@ -68,9 +71,13 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         try:
             config = hydra_compose(name, overrides=overrides)
             _check_missing_references(config)
-            return config
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(_explain(error, folder, name)) from None
+    if "objective" in config:
+        from verl_dft.objectives import list_objectives
+
+        list_objectives()  # a package that takes one of our names is refused here, not when the model is loaded
+    return config
 
 
 def _locate(config_name: str) -> tuple[Path, str]:
@@ -93,9 +100,17 @@ def _groups(folder: Path) -> set[str]:
 
 
 def group_options(group: str) -> list[str]:
-    """Names of the options of a config group, e.g. ``group_options("objective")``."""
+    """What ``group=`` takes, e.g. ``group_options("objective")``: our files, and objectives of installed packages."""
+    names = set(_shipped(group))
+    if group == "objective":
+        names |= {entry.name for entry in importlib.metadata.entry_points(group=_PLUGINS)}
+    return sorted(names)
+
+
+def _shipped(group: str) -> list[str]:
+    """Names of a config group's files."""
     folder = configs_dir() / group
-    return sorted(f.stem for f in folder.glob("*.yaml")) if folder.is_dir() else []
+    return [f.stem for f in folder.glob("*.yaml")] if folder.is_dir() else []
 
 
 def _rewrite(override: str, everything: Sequence[str], groups: set[str]) -> list[str]:
@@ -104,13 +119,13 @@ def _rewrite(override: str, everything: Sequence[str], groups: set[str]) -> list
     if not match or match["prefix"] or match["value"] is None:
         return [override]
     key, value = match["key"], match["value"]
-    if key == "model" and "model" in groups and value not in group_options("model"):
+    if key == "model" and "model" in groups and value not in _shipped("model"):
         if "/" in value or Path(value).exists():
             return [f"model.path={_quote(value)}"]
-    if key == "data" and "data" in groups and value not in group_options("data"):
+    if key == "data" and "data" in groups and value not in _shipped("data"):
         if Path(value).suffix in (".parquet", ".jsonl", ".json", ".gz"):
             return ["data=files", f"data.train_files={_quote(value)}"]
-    if key == "objective" and value not in group_options("objective"):
+    if key == "objective" and value not in _shipped("objective"):
         from verl_dft.objectives import objective_target
 
         return ["objective=custom", f"objective._target_={objective_target(value)}"]
@@ -122,7 +137,7 @@ def _rewrite(override: str, everything: Sequence[str], groups: set[str]) -> list
 
 def _custom_objective(overrides: Iterable[str]) -> bool:
     """Whether the command line names a class rather than one of our objectives: its options are then its own."""
-    shipped = group_options("objective")
+    shipped = _shipped("objective")
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "objective._target_" or (key == "objective" and (value == "custom" or value not in shipped)):

@@ -178,6 +178,13 @@ def _check_entry_points(group: str, own: str, entries: Sequence[dict[str, Any]])
     return checks
 
 
+def _check_policy_losses(found: dict[str, Any]) -> Check:
+    """verl's online trainer must find our objectives by name."""
+    detail = found["error"] or ", ".join(found["names"]) or "none of ours is registered with verl's online trainer"
+    fix = "solve the error, then run this again" if found["error"] else "see the check 'verl plugin'"
+    return _result("policy losses", bool(found["names"]), detail, fix)
+
+
 def _check_verl_probe(found: dict[str, Any]) -> list[Check]:
     if "error" in found:
         fix = "solve the error above, then run this again"
@@ -198,6 +205,7 @@ def _check_verl_probe(found: dict[str, Any]) -> list[Check]:
     checks.append(
         _result("objectives", not broken, detail, f"repair or uninstall the package behind {', '.join(broken)}")
     )
+    checks.append(_check_policy_losses(found["policy_losses"]))
     flash = importlib.util.find_spec("flash_attn") is not None
     missing = "pip install 'verl-dft[gpu]': packed input is slow and sequence parallelism refused without it"
     if flash or not found["device"]["accelerator"]:

@@ -61,18 +61,29 @@ def _objectives() -> dict[str, str | None]:
     return found
 
 
+def _policy_losses() -> dict[str, Any]:
+    """Names under which verl's online trainer finds our objectives, or the error of registering them."""
+    try:
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+    except Exception as error:
+        return {"names": [], "error": _failure(error)}
+    names = [name for name, loss in POLICY_LOSS_REGISTRY.items() if hasattr(loss, "verl_dft_objective")]
+    return {"names": names, "error": None}
+
+
 def probe_verl() -> dict[str, Any]:
     """Import verl as any process does, then look at what its plugins did."""
     import verl  # noqa: F401
 
     # verl skips plugins that VERL_USE_EXTERNAL_PLUGINS leaves out and hides those that failed
     loaded_by_verl = "verl_dft.plugin" in sys.modules
-    device = _device()
+    device, policy_losses = _device(), _policy_losses()
     return {
         "loaded_by_verl": loaded_by_verl,
         "device": device,
         "entry_points": load_entry_points("verl.plugins"),
         "objectives": _objectives(),
+        "policy_losses": policy_losses,
         "device_names": _device_names(),
     }
 

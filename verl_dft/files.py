@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -55,6 +56,11 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def is_leftover(path: str | Path) -> bool:
+    """Whether a killed :func:`atomic_write` or :func:`atomic_dir` may have left ``path`` behind."""
+    return re.fullmatch(r"\..+\.\w{8}\.(tmp|old)", Path(path).name) is not None
 
 
 def sha256_file(path: str | Path) -> str:

@@ -5,9 +5,12 @@ verl logs a plugin's failure at DEBUG only, so this module reports its own on st
 """
 
 import sys
+from types import ModuleType
+
+from verl_dft.platform.hooks import when_imported
 
 STATUS: dict[str, str] = {}
-"""``{"platform": …}`` and, after a failure, ``{"error": …}``."""
+"""``{"platform": …}``, ``policy_losses`` once verl's losses were imported and, after a failure, ``error``."""
 
 
 def _load() -> None:
@@ -17,6 +20,22 @@ def _load() -> None:
     from verl_dft.platform import cpu
 
     STATUS["platform"] = "cpu" if cpu.install() else "left to verl"
+
+    # importing these modules of verl takes seconds, and most processes never do
+    when_imported("verl.workers.config.actor", _widen_config)
+    when_imported("verl.trainer.ppo.core_algos", _register_policy_losses)
+
+
+def _widen_config(module: ModuleType) -> None:
+    from verl_dft.training.policy_options import widen_policy_loss_config
+
+    widen_policy_loss_config(module)
+
+
+def _register_policy_losses(module: ModuleType) -> None:
+    from verl_dft.training.policy_loss import register_policy_losses
+
+    STATUS["policy_losses"] = " ".join(register_policy_losses(module))
 
 
 try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,10 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "
 STEADY = "optim.override_optimizer_config={eps:1e-3}"
 """Adam's step for a gradient that is rounding noise (the key biases': attention ignores them) becomes small, so that
 equal runs end with equal weights."""
+
+
+TrainArgv = Callable[..., list[str]]
+"""Type of the fixture ``train_argv``."""
 
 
 @dataclass
@@ -106,6 +110,22 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The tiny world's base model, which the project ships."""
+    from verl_dft.paths import recipes_dir
+
+    return recipes_dir() / "tiny" / "base"
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like ``small_model`` with other weights: a reference policy that differs from the start."""
+    from verl_dft.tiny import init_model
+
+    return init_model(tmp_path_factory.mktemp("models") / "other", seed=5, **SMALL)
+
+
+@pytest.fixture(scope="session")
 def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with an output embedding of its own."""
     from verl_dft.tiny import init_model
@@ -136,6 +156,28 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def train_argv(small_model: Path, uneven_rows: Path, cache_dir: Path) -> TrainArgv:
+    """``train_argv(out, *overrides, model=…, rows=…)``: what runs of ``verl-dft train`` here have in common."""
+
+    def build(out: Path, *overrides: str, model: Path = small_model, rows: Path | str = uneven_rows) -> list[str]:
+        named = any(override.startswith("objective") for override in overrides)
+        return [
+            *([] if named else ["objective=dft"]),
+            f"model={model}",
+            f"data={rows}",
+            f"data.cache_dir={cache_dir}",
+            "data.max_length=256",
+            "data.train_batch_size=8",
+            "trainer.logger=[]",
+            "optim.lr=1e-2",
+            f"output_dir={out}",
+            *overrides,
+        ]
+
+    return build
+
+
 def losses(output: Path, key: str = "train/loss") -> list[float]:
     """The values of a metric by step, from ``metrics.jsonl``."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -143,10 +185,10 @@ def losses(output: Path, key: str = "train/loss") -> list[float]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of an exported model."""
-    from safetensors.numpy import load_file
+    """The tensors of an exported model, as float32."""
+    from safetensors.torch import load_file
 
-    return load_file(folder / "model.safetensors")
+    return {name: value.float().numpy() for name, value in load_file(folder / "model.safetensors").items()}
 
 
 def assert_same_weights(a: Path, b: Path, atol: float) -> None:

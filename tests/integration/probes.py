@@ -90,3 +90,14 @@ def sequence_parallel_hook(argv: list[str]) -> int:
         Path(argv[0]).write_text(json.dumps({"whole": whole.tolist(), "joined": joined.tolist()}))
     destroy_global_process_group()
     return 0
+
+
+def in_turn(argv: list[str]) -> int:
+    """``verl-dft`` with each of the command lines (JSON lists), one after the other in this process."""
+    from verl_dft.cli import main
+
+    for line in argv:
+        code = main(json.loads(line))
+        if code:
+            return code
+    return 0

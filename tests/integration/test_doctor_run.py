@@ -5,6 +5,9 @@ import time
 
 import pytest
 
+from verl_dft.objectives import list_objectives
+from verl_dft.training.policy_options import online_names
+
 pytestmark = pytest.mark.integration
 
 
@@ -28,7 +31,8 @@ def test_this_installation_passes(run_cli, tmp_path):
     for name in ("python", "verl ", "torch", "vllm ", "transformers", "ray", "tensordict", "device", "objectives"):
         assert f"ok   {name}" in stdout, stdout
     assert "verl.plugins: verl_dft" in stdout and "vllm.general_plugins: verl_dft_cpu" in stdout
-    assert "dft, sft" in stdout
+    assert ", ".join(list_objectives()) in stdout
+    assert "ok   policy losses" in stdout and ", ".join(online_names()) in stdout
     assert time.monotonic() - started < 60  # 7 s on two idle cores
 
 

@@ -7,32 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ForkServer
+from conftest import ForkServer, TrainArgv
 
 pytestmark = pytest.mark.integration
 
 
-def train(
-    ranks: ForkServer, model: Path, rows: Path, out: Path, cache: Path, world: int, *options: str
-) -> dict[int, list[float]]:
-    """Train 3 steps; returns the live log-probs by row."""
-    argv = [
-        "objective=dft",
-        f"model={model}",
-        f"data={rows}",
-        f"data.cache_dir={cache}",
-        "data.max_length=256",
-        "data.train_batch_size=8",
-        "trainer.total_training_steps=3",
-        "trainer.logger=[]",
-        "optim.lr=1e-2",
-        "optim.lr_warmup_steps_ratio=0",
-        f"output_dir={out}",
-        *options,
-    ]
-    ranks.ok(argv, world=world, call="probes:export_and_score")
-    parts = [json.loads((out / f"scores_{rank}.json").read_text()) for rank in range(world)]
-    return {int(row): logp for part in parts for row, logp in part.items()}
+@pytest.fixture
+def train(ranks: ForkServer, train_argv: TrainArgv) -> Callable[..., dict[int, list[float]]]:
+    """``train(out, world, *overrides)``: train 3 steps; returns the live log-probs by row."""
+
+    def run(out: Path, world: int, *overrides: str, **kwargs: Path) -> dict[int, list[float]]:
+        common = ("trainer.total_training_steps=3", "optim.lr_warmup_steps_ratio=0")
+        ranks.ok(train_argv(out, *common, *overrides, **kwargs), world=world, call="probes:export_and_score")
+        parts = [json.loads((out / f"scores_{rank}.json").read_text()) for rank in range(world)]
+        return {int(row): logp for part in parts for row, logp in part.items()}
+
+    return run
 
 
 def reloaded_logp(folder: Path, rows: Path, cache: Path) -> tuple[dict[int, list[float]], list[int]]:
@@ -60,7 +50,7 @@ LORA = ("model.lora_rank=4", "model.lora_alpha=32", "optim.lr=1e-2")
 @pytest.mark.parametrize("options", [(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_reloaded_log_probs_equal_the_live_trainers(
-    ranks: ForkServer,
+    train: Callable[..., dict[int, list[float]]],
     small_model: Path,
     untied_model: Path,
     uneven_rows: Path,
@@ -72,7 +62,7 @@ def test_reloaded_log_probs_equal_the_live_trainers(
 ) -> None:
     model = small_model if tied else untied_model
     out = tmp_path / "run"
-    live = train(ranks, model, uneven_rows, out, cache_dir, world, *options)
+    live = train(out, world, *options, model=model)
     reloaded, lengths = reloaded_logp(out / "model", uneven_rows, cache_dir)
     base, _ = reloaded_logp(model, uneven_rows, cache_dir)
     assert sorted(live) == list(range(len(lengths)))
@@ -85,23 +75,19 @@ def test_reloaded_log_probs_equal_the_live_trainers(
     assert names["dtype"] == "float32" and not list((out / "model").glob("adapter*"))
 
 
-def test_bf16_export_says_so(
-    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
-) -> None:
+def test_bf16_export_says_so(train: Callable[..., dict[int, list[float]]], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    train(ranks, small_model, uneven_rows, tmp_path / "run", cache_dir, 1, "export.dtype=bf16")
+    train(tmp_path / "run", 1, "export.dtype=bf16")
     tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
-def test_bf16_and_gradient_checkpointing_train(
-    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
-) -> None:
+def test_bf16_and_gradient_checkpointing_train(train: Callable[..., dict[int, list[float]]], tmp_path: Path) -> None:
     """The other precision and the other memory mode, close to the plain run."""
-    plain = train(ranks, small_model, uneven_rows, tmp_path / "plain", cache_dir, 1)
+    plain = train(tmp_path / "plain", 1)
     options = ("precision=bf16", "model.enable_gradient_checkpointing=true", "export.dtype=fp32")
-    other = train(ranks, small_model, uneven_rows, tmp_path / "bf16", cache_dir, 2, *options)
+    other = train(tmp_path / "bf16", 2, *options)
     error = [abs(a - b) for row in plain for a, b in zip(plain[row], other[row], strict=True)]
     assert 0 < sum(error) / len(error) < 0.2
 
@@ -134,24 +120,13 @@ if __name__ == "__main__":
 
 
 def test_vllm_greedy_equals_transformers_on_an_export(
-    ranks: ForkServer, cache_dir: Path, tmp_path: Path, run_command: Callable
+    ranks: ForkServer, train_argv: TrainArgv, tmp_path: Path, run_command: Callable
 ) -> None:
     """The tiny base after three steps of DFT with LoRA on two ranks."""
     from verl_dft.paths import recipes_dir
 
-    argv = [
-        "objective=dft",
-        f"model={recipes_dir() / 'tiny' / 'base'}",
-        "data=arithmetic",
-        f"data.cache_dir={cache_dir}",
-        "data.max_length=256",
-        "data.train_batch_size=16",
-        "model.lora_rank=8",
-        "trainer.total_training_steps=3",
-        "trainer.logger=[]",
-        "optim.lr=1e-3",
-        f"output_dir={tmp_path / 'run'}",
-    ]
+    overrides = ("data.train_batch_size=16", "model.lora_rank=8", "trainer.total_training_steps=3", "optim.lr=1e-3")
+    argv = train_argv(tmp_path / "run", *overrides, model=recipes_dir() / "tiny" / "base", rows="arithmetic")
     ranks.ok(argv, world=2)
     script = tmp_path / "greedy.py"
     script.write_text(_GREEDY)

@@ -3,36 +3,34 @@
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import STEADY, assert_same_weights, losses
+from conftest import STEADY, TrainArgv, assert_same_weights, losses
+
+from verl_dft.training.resume import completed_steps
 
 pytestmark = pytest.mark.integration
 KEYS = ("train/loss", "train/nll", "train/token_weight", "train/grad_norm", "train/num_tokens", "val/nll")
 
 
-def options(model: Path, rows: Path, out: Path, cache: Path, *extra: str) -> list[str]:
-    return [
-        "train",
-        "objective=dft",
-        f"model={model}",
-        f"data={rows}",
-        f"data.val_files={rows}",
-        f"data.cache_dir={cache}",
-        "data.max_length=256",
-        "data.train_batch_size=8",
-        "trainer.n_gpus_per_node=2",
-        "trainer.total_training_steps=7",  # into a second epoch of 5 steps
-        "trainer.test_freq=4",
-        "optim.lr=1e-2",
-        STEADY,
-        f"output_dir={out}",
-        *extra,
-    ]
+@pytest.fixture(scope="module")
+def options(train_argv: TrainArgv, uneven_rows: Path) -> TrainArgv:
+    def build(out: Path, *overrides: str) -> list[str]:
+        common = (
+            f"data.val_files={uneven_rows}",
+            "trainer.n_gpus_per_node=2",
+            "trainer.total_training_steps=7",  # into a second epoch of 5 steps
+            "trainer.test_freq=4",
+            STEADY,
+        )
+        return ["train", *train_argv(out, *common, *overrides)]
+
+    return build
 
 
 def shared_memory() -> set[str]:
@@ -40,32 +38,45 @@ def shared_memory() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def torchrun(
-    run_cli: Callable, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
+def torchrun(run_cli: Callable, options: TrainArgv, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run under torchrun, reporting to every tracker, started from another directory; its folder and output."""
     out = tmp_path_factory.mktemp("torchrun") / "run"
     extra = ("trainer.logger=[console,tensorboard,wandb]",)
-    done = run_cli(options(small_model, uneven_rows, out, cache_dir, *extra), timeout=180, cwd=out.parent)
+    (out.parent / "temporary").mkdir()
+    env = {"TMPDIR": str(out.parent / "temporary")}
+    done = run_cli(options(out, *extra), timeout=180, cwd=out.parent, env=env)
     assert done.rc == 0, done.stderr[-4000:]
     return out, done.stdout + done.stderr
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Ray keeps its sockets in the temporary folder, whose path must be short."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="vd") as folder:
+        yield Path(folder)
+
+
 def test_ray_trains_the_same(
-    torchrun: tuple[Path, str], run_cli: Callable, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+    torchrun: tuple[Path, str], run_cli: Callable, options: TrainArgv, tmp_path: Path, short_folder: Path
 ) -> None:
     shm = shared_memory()
     before = {p.pid for p in psutil.process_iter()}
-    done = run_cli(
-        options(small_model, uneven_rows, tmp_path / "run", cache_dir, "launcher=ray", "trainer.logger=[]"), timeout=240
-    )
+    done = run_cli(options(tmp_path / "run", "launcher=ray"), timeout=240, env={"TMPDIR": str(short_folder)})
     assert done.rc == 0, done.stderr[-4000:]
+    assert not list(short_folder.glob("*.lock")), "verl's lock files were left behind"
     for key in KEYS:
         np.testing.assert_allclose(losses(tmp_path / "run", key), losses(torchrun[0], key), rtol=1e-5, err_msg=key)
     assert_same_weights(tmp_path / "run" / "model", torchrun[0] / "model", atol=1e-5)
     mine = [p for p in psutil.process_iter(["pid", "name", "username"]) if p.pid not in before]
     assert not [p for p in mine if "ray" in p.info["name"]], "Ray processes were left behind"
     assert shared_memory() - shm == set()
+
+
+def test_nothing_stays_in_the_temporary_folder(torchrun: tuple[Path, str]) -> None:
+    """Checkpoints were saved, of which verl leaves a lock file each, and torchrun the folder of its error files."""
+    out, _ = torchrun
+    assert completed_steps(out / "checkpoints") == [7]
+    assert [path.name for path in (out.parent / "temporary").iterdir()] == []
 
 
 def test_console_shows_plain_numbers_and_the_bar(torchrun: tuple[Path, str]) -> None:

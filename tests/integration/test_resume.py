@@ -6,47 +6,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Finished, ForkServer, assert_same_weights, losses
+from conftest import Finished, ForkServer, TrainArgv, assert_same_weights, losses
 
-from verl_dft.training.checkpoint import completed_steps
+from verl_dft.training.resume import checkpoint_path, completed_steps
 
 pytestmark = pytest.mark.integration
 EPOCHS, STEPS_PER_EPOCH, SAVE_FREQ = 3, 5, 2  # 40 rows in batches of 8
 TOTAL = EPOCHS * STEPS_PER_EPOCH
 
 
-def argv(model: Path, rows: Path, out: Path, cache: Path, *options: str) -> list[str]:
-    return [
-        "objective=dft",
-        f"model={model}",
-        f"data={rows}",
-        f"data.val_files={rows}",
-        f"data.cache_dir={cache}",
-        "data.max_length=256",
-        "data.train_batch_size=8",
-        f"trainer.total_epochs={EPOCHS}",
-        f"trainer.save_freq={SAVE_FREQ}",
-        f"trainer.test_freq={STEPS_PER_EPOCH}",
-        "trainer.max_ckpt_to_keep=2",
-        "trainer.logger=[]",
-        "optim.lr=1e-2",
-        f"output_dir={out}",
-        *options,
-    ]
+@pytest.fixture(scope="session")
+def argv(train_argv: TrainArgv, uneven_rows: Path) -> TrainArgv:
+    """Three epochs with validation, a checkpoint every second step."""
+
+    def build(out: Path, *overrides: str) -> list[str]:
+        return train_argv(
+            out,
+            f"data.val_files={uneven_rows}",
+            f"trainer.total_epochs={EPOCHS}",
+            f"trainer.save_freq={SAVE_FREQ}",
+            f"trainer.test_freq={STEPS_PER_EPOCH}",
+            "trainer.max_ckpt_to_keep=2",
+            *overrides,
+        )
+
+    return build
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
 def whole(
-    request: pytest.FixtureRequest,
-    ranks: ForkServer,
-    small_model: Path,
-    uneven_rows: Path,
-    cache_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, ranks: ForkServer, argv: TrainArgv, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
     """An uninterrupted run and its number of ranks."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    ranks.ok(argv(small_model, uneven_rows, out, cache_dir), world=request.param)
+    ranks.ok(argv(out), world=request.param)
     assert len(losses(out)) == TOTAL and completed_steps(out / "checkpoints") == [TOTAL - 1, TOTAL]
     return request.param, out
 
@@ -66,14 +59,12 @@ def test_killed_and_resumed(
     failpoint: str,
     whole_steps: list[int],
     ranks: ForkServer,
-    small_model: Path,
-    uneven_rows: Path,
-    cache_dir: Path,
+    argv: TrainArgv,
     tmp_path: Path,
 ) -> None:
     world, reference = whole
     out = tmp_path / "run"
-    command = argv(small_model, uneven_rows, out, cache_dir)
+    command = argv(out)
     killed = ranks.run(command, world=world, env={"VERL_DFT_FAILPOINT": failpoint})
     assert -signal.SIGKILL in killed.codes
     assert completed_steps(out / "checkpoints") == whole_steps
@@ -111,27 +102,49 @@ def flat(node: object, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def test_a_finished_run_does_nothing_and_keeps_its_export(
-    whole: tuple[int, Path], ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path
+    whole: tuple[int, Path], ranks: ForkServer, argv: TrainArgv
 ) -> None:
     world, out = whole
     before = losses(out)
-    log = ranks.ok(argv(small_model, uneven_rows, out, cache_dir), world=world)
+    log = ranks.ok(argv(out), world=world)
     assert f"all {TOTAL} steps are done already" in log and losses(out) == before
     assert (out / "model" / "model.safetensors").is_file()
 
 
-def test_another_number_of_ranks_is_refused(
-    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
-) -> None:
+def test_another_number_of_ranks_is_refused(ranks: ForkServer, argv: TrainArgv, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = argv(small_model, uneven_rows, out, cache_dir, "trainer.total_training_steps=2")
+    command = argv(out, "trainer.total_training_steps=2")
     ranks.ok(command, world=1)
     refused: Finished = ranks.run(command, world=2)
     assert set(refused.codes) <= {2, -signal.SIGTERM} and 2 in refused.codes
     assert "trainer.n_gpus_per_node" in refused.log
 
 
-def test_validation_covers_every_row_once(whole: tuple[int, Path], uneven_rows: Path) -> None:
+def test_lora_killed_and_resumed(ranks: ForkServer, argv: TrainArgv, tmp_path: Path) -> None:
+    command = [argv(tmp_path / name, "model.lora_rank=4", "trainer.total_training_steps=6") for name in ("a", "b")]
+    ranks.ok(command[0])
+    killed = ranks.run(command[1], env={"VERL_DFT_FAILPOINT": "worker.step:4"})
+    assert -signal.SIGKILL in killed.codes and completed_steps(tmp_path / "b" / "checkpoints") == [2]
+    assert "resuming after step 2" in ranks.ok(command[1])
+    for key in ("train/loss", "train/grad_norm", "val/nll"):
+        assert losses(tmp_path / "b", key) == losses(tmp_path / "a", key), key
+    assert_same_weights(tmp_path / "b" / "model", tmp_path / "a" / "model", atol=0)
+
+
+def test_a_start_from_another_run_is_made_once(
+    whole: tuple[int, Path], ranks: ForkServer, argv: TrainArgv, tmp_path: Path
+) -> None:
+    """The same command run again goes on from its own checkpoints."""
+    world, reference = whole
+    start = checkpoint_path(reference / "checkpoints", TOTAL - 1)
+    command = argv(tmp_path / "run", f"trainer.resume_from_path={start}", "trainer.resume_mode=resume_path")
+    log = ranks.ok(command, world=world)
+    assert f"resuming after step {TOTAL - 1} from {start}" in log
+    assert losses(tmp_path / "run") == losses(reference)[-1:]
+    assert "steps are done already" in ranks.ok(command, world=world)
+
+
+def test_validation_covers_every_row_once(whole: tuple[int, Path]) -> None:
     """40 rows in batches of 8; the count of tokens must be that of all rows, whatever the ranks."""
     _, out = whole
     report = json.loads((out / "data" / "report.json").read_text())

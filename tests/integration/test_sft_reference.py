@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, ForkServer, losses, weights
+from conftest import SMALL, ForkServer, TrainArgv, losses, weights
 
 pytestmark = pytest.mark.integration
 _spec = importlib.util.spec_from_file_location(
@@ -25,31 +25,13 @@ ANSWERS = [
 ]
 
 
-def options(model: Path, rows: Path, out: Path, cache: Path, steps: int, batch: int) -> list[str]:
-    return [
-        "objective=sft",
-        f"model={model}",
-        f"data={rows}",
-        f"data.cache_dir={cache}",
-        "data.max_length=256",
-        f"data.train_batch_size={batch}",
-        f"trainer.total_training_steps={steps}",
-        "trainer.logger=[]",
-        "optim.lr=1e-2",
-        "optim.lr_warmup_steps_ratio=0",
-        f"output_dir={out}",
-    ]
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_equals_verls_own_sft_loss_step_by_step(
-    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path, world: int
+    ranks: ForkServer, train_argv: TrainArgv, tmp_path: Path, world: int
 ) -> None:
-    def command(name: str) -> list[str]:
-        return options(small_model, uneven_rows, tmp_path / name, cache_dir, steps=6, batch=8)
-
-    ranks.ok(command("ours"), world=world)
-    ranks.ok(command("verl"), world=world, call="probes:stock")
+    options = ("objective=sft", "trainer.total_training_steps=6", "optim.lr_warmup_steps_ratio=0")
+    ranks.ok(train_argv(tmp_path / "ours", *options), world=world)
+    ranks.ok(train_argv(tmp_path / "verl", *options), world=world, call="probes:stock")
     for metric in ("train/loss", "train/grad_norm", "train/lr", "train/global_tokens"):
         ours, verl = losses(tmp_path / "ours", metric), losses(tmp_path / "verl", metric)
         assert len(ours) == 6
@@ -77,9 +59,9 @@ def make_model(folder: Path, family: str) -> Path:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-base", "llama3", "smollm2", "plain"])
 def test_equals_transformers_with_hand_indexed_targets(
-    ranks: ForkServer, cache_dir: Path, tmp_path: Path, family: str
+    ranks: ForkServer, train_argv: TrainArgv, tmp_path: Path, family: str
 ) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from verl_dft.data.records import Row, write_rows
 
@@ -90,7 +72,8 @@ def test_equals_transformers_with_hand_indexed_targets(
     ]
     write_rows(tmp_path / "rows.parquet", rows)
     out = tmp_path / "run"
-    ranks.ok(options(model_path, tmp_path / "rows.parquet", out, cache_dir, steps=1, batch=4))
+    options = ("objective=sft", "trainer.total_training_steps=1", "data.train_batch_size=4")
+    ranks.ok(train_argv(out, *options, model=model_path, rows=tmp_path / "rows.parquet"))
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -114,3 +97,7 @@ def test_equals_transformers_with_hand_indexed_targets(
             count += 1
     assert losses(out, "train/num_tokens") == [count]
     np.testing.assert_allclose(losses(out), [total / count], rtol=1e-5)
+
+    stops = GenerationConfig.from_pretrained(out / "model").eos_token_id
+    assert tokenizer.convert_tokens_to_ids(end) in ([stops] if isinstance(stops, int) else stops)
+    assert tokenizer.eos_token_id in ([stops] if isinstance(stops, int) else stops)

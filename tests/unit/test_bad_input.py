@@ -8,6 +8,7 @@ import pytest
 
 from verl_dft.cli import main
 from verl_dft.errors import InputError
+from verl_dft.objectives import list_objectives
 
 GOOD = {"messages": [{"role": "user", "content": "2 + 3 ?"}, {"role": "assistant", "content": "5"}]}
 
@@ -67,7 +68,7 @@ CASES = {
     "all rows dropped": (lambda p: rows(p / "r.jsonl"), ["data.max_length=3"], ["max_length"]),
     "no rows": (lambda p: rows(p / "r.jsonl", count=0), [], ["r.jsonl"]),
     "fewer rows than a batch": (lambda p: rows(p / "r.jsonl", count=3), [], ["3 training rows", "train_batch_size=4"]),
-    "unknown objective": (lambda p: rows(p / "r.jsonl"), ["objective=dtf"], ["'dtf'", "dft, sft"]),
+    "unknown objective": (lambda p: rows(p / "r.jsonl"), ["objective=dtf"], ["'dtf'", ", ".join(list_objectives())]),
     "unknown option": (lambda p: rows(p / "r.jsonl"), ["objective.alfa=1"], ["objective.alfa", "objective.alpha"]),
     "batch not divisible": (
         lambda p: rows(p / "r.jsonl"),
@@ -142,3 +143,12 @@ def test_output_directory_of_something_else(train: Callable[..., str], tmp_path:
     (tmp_path / "out" / "thesis.txt").write_text("irreplaceable")
     assert "thesis.txt" in train(rows(tmp_path / "r.jsonl"))
     assert (tmp_path / "out" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_mini_batches_that_do_not_fit(train: Callable[..., str], tmp_path: Path) -> None:
+    data = rows(tmp_path / "r.jsonl")
+    assert "data.mini_batch_size=3 must divide data.train_batch_size=4" in train(data, "data.mini_batch_size=3")
+    assert "multiple of the 2 data-parallel ranks" in train(
+        data, "data.mini_batch_size=1", "trainer.n_gpus_per_node=2", "trainer.nnodes=1"
+    )
+    assert "data.mini_batch_size=0 must be" in train(data, "data.mini_batch_size=0")

@@ -104,3 +104,19 @@ def test_validation_sees_every_row_once(dp_size: int) -> None:
         seen += [int(row["input_ids"][0]) for batch in batches for row in batch if row["loss_mask"].sum()]
         assert client.calls == ["reset", "metrics"] and loader.metrics == {"nll": 1.5}
     assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_mini_batches_hold_the_same_rows_on_any_number_of_ranks(balance: bool) -> None:
+    def minis(dp_size: int) -> list[list[int]]:
+        """Sorted rows of each mini-batch: the ranks' parts put together."""
+        shares = [
+            StepBatchSampler(LENGTHS, 16, dp_size=dp_size, dp_rank=rank, seed=1, balance=balance, updates=4).rows(0, 1)
+            for rank in range(dp_size)
+        ]
+        size = 4 // dp_size
+        return [sorted(row for share in shares for row in share[i * size : (i + 1) * size]) for i in range(4)]
+
+    assert minis(1) == minis(2) == minis(4)
+    permutation = np.random.default_rng([1, 0]).permutation(len(LENGTHS))[16:32]
+    assert minis(1) == [sorted(part.tolist()) for part in permutation.reshape(4, 4)], "not sorted by length over minis"

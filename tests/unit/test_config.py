@@ -10,6 +10,7 @@ import pytest
 from verl_dft.cli import main, usage
 from verl_dft.config import compose, group_options
 from verl_dft.errors import InputError
+from verl_dft.objectives import list_objectives
 from verl_dft.training.configure import compose_training
 
 BASE = ["model=/some/folder", "output_dir=/tmp/never-made", "data=/some/rows.parquet"]
@@ -44,6 +45,58 @@ def test_a_class_of_yours_brings_its_own_options() -> None:
     assert dict(config.objective) == {"_target_": "my.Loss", "tau": 0.7}
 
 
+PLUGIN = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Loss:
+    tau: float = 0.5
+    requires = frozenset()
+    def __call__(self, batch): ...
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective ``theirs`` of an installed package (whose metadata is all that makes it one)."""
+    (tmp_path / "their_package.py").write_text(PLUGIN)
+    info = tmp_path / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[verl_dft.objectives]\ntheirs = their_package:Loss\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_an_objective_of_a_package_is_chosen_by_its_name(plugin: None, tmp_path: Path) -> None:
+    assert "theirs" in group_options("objective") and "theirs" in usage("train")
+    config = compose_training([*BASE, "objective=theirs", "objective.tau=0.7"])
+    assert dict(config.objective) == {"_target_": "their_package.Loss", "tau": 0.7}
+    config = compose_training([*BASE, "objective.tau=0.7", "objective=theirs"])
+    assert dict(config.objective) == {"_target_": "their_package.Loss", "tau": 0.7}
+    with pytest.raises(InputError, match="objective their_package.Loss has no option 'rho'; valid: tau"):
+        compose_training([*BASE, "objective=theirs", "objective.rho=1"])
+    with pytest.raises(InputError, match="unknown objective 'thiers'.* Did you mean 'theirs'?"):
+        compose_training([*BASE, "objective=thiers"])
+
+
+def test_a_config_file_of_yours_names_an_objective_of_a_package(plugin: None, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "defaults: [sft, {override objective: custom}, _self_]\n"
+        "objective: {_target_: their_package.Loss, tau: 0.7}\noptim: {lr: 1e-6}\n"
+    )
+    config = compose_training(["--config-name", str(file), *BASE, "objective.tau=0.9"])
+    assert dict(config.objective) == {"_target_": "their_package.Loss", "tau": 0.9} and config.optim.lr == 1e-6
+
+
+def test_a_package_that_takes_one_of_our_names_is_refused(plugin: None, tmp_path: Path) -> None:
+    points = tmp_path / "their_package-1.0.dist-info" / "entry_points.txt"
+    points.write_text("[verl_dft.objectives]\ndft = their_package:Loss\n")
+    for overrides in (["objective=dft"], ["objective=sft"], []):
+        with pytest.raises(InputError, match="reuse the built-in name.s. dft; rename them"):
+            compose_training([*BASE, *overrides])
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -51,7 +104,7 @@ def test_a_class_of_yours_brings_its_own_options() -> None:
         (["lr=1e-5"], "did you mean optim.lr?"),
         (["objective.alfa=1"], "did you mean objective.alpha?"),
         (["objectiv=dft"], "did you mean objective?"),
-        (["objective=dtf"], "unknown objective 'dtf'; valid: dft, sft. Did you mean 'dft'?"),
+        (["objective=dtf"], f"unknown objective 'dtf'; valid: {', '.join(list_objectives())}. Did you mean 'dft'?"),
         (["hardware=tpu"], "config group 'hardware' has no option 'tpu'"),
         (["model=qwen2.5-math"], "did you mean qwen2.5-math-"),
         (["data=gsm8"], "did you mean gsm8k"),
@@ -99,10 +152,10 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(overrides: list[s
 
 def test_an_objective_that_nothing_provides_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy.py").write_text(
-        "class Needy:\n    requires = frozenset({'ref_kl'})\n    def __call__(self, batch): ...\n"
+        "class Needy:\n    requires = frozenset({'hidden_states'})\n    def __call__(self, batch): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match="requires ref_kl, which this trainer does not provide"):
+    with pytest.raises(InputError, match="`requires` must be a frozenset of advantage, .*'hidden_states'"):
         compose_training([*BASE, "objective._target_=needy.Needy"])
 
 
@@ -122,7 +175,7 @@ def test_help_is_fast_and_shows_examples() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ})
     assert done.stdout.rstrip().endswith("False") and "verl-dft train objective=dft" in done.stdout
-    assert "objective: custom, dft, sft" in usage("train")
+    assert f"objective: {', '.join(sorted(['custom', *list_objectives()]))}" in usage("train")
 
 
 @pytest.mark.parametrize(

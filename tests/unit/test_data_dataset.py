@@ -316,3 +316,28 @@ def test_a_pickled_dataset_is_small_and_whole(load: Any) -> None:
     assert len(again) == 500 and np.array_equal(again.lengths, data.lengths)
     assert again[7]["advantage"].tolist() == [7.0]
     assert again[499]["input_ids"].tolist() == data[499]["input_ids"].tolist()
+
+
+def test_origins_as_a_column_and_as_a_filter(load: Any) -> None:
+    rows = [Row(chat(QUESTION, f"{i}."), f"p{i}", origin) for i, origin in enumerate(["expert", "self", "guided"])]
+    rows.append(Row(chat(QUESTION, "a b c d e f g h i j k l m n o p"), "p3", "self"))
+    whole = load(rows, columns=["origin"])
+    assert [float(whole[i]["origin"]) for i in range(4)] == [0, 2, 3, 2]
+    some = load(rows, columns=["origin"], origins=["self", "guided"])
+    assert [float(some[i]["origin"]) for i in range(len(some))] == [2, 3, 2]
+    assert some.report["rows_other_origins"] == 1 and some.report["rows_read"] == 3
+    with pytest.raises(InputError, match="data.origins has 'me'"):
+        load(rows, origins=["me"])
+    with pytest.raises(InputError, match="no row has an origin"):
+        load(rows[:1], name="one.parquet", origins=["self"])
+    with pytest.raises(InputError, match=r"row 3: \d+ tokens"):  # the file's numbering
+        load(rows, origins=["self"], max_length=len(some[0]["input_ids"]) + 4, overlong="error")
+
+
+def test_a_column_can_be_added_and_travels_to_workers(load: Any, tmp_path: Path) -> None:
+    rows = load([text_row(), text_row("Why so?")])
+    values = np.arange(int(rows.lengths.sum()), dtype=np.float32)
+    np.save(tmp_path / "ref_logp.npy", values)
+    rows.add_column("ref_logp", tmp_path / "ref_logp.npy")
+    for copy in (rows, pickle.loads(pickle.dumps(rows))):
+        assert copy[1]["ref_logp"].tolist() == values[rows.flat(1)].tolist()

@@ -15,6 +15,7 @@ VERL_FOUND = {
         {"name": "verl_dft", "value": "verl_dft.plugin", "distribution": "verl-dft", "error": None},
     ],
     "objectives": {"sft": None},
+    "policy_losses": {"names": ["sft"], "error": None},
 }
 
 
@@ -61,8 +62,18 @@ def test_a_good_probe_passes():
             "solve the error",
         ),
         ({"objectives": {"mine": "ImportError: x"}}, "objectives", "mine"),
+        ({"policy_losses": {"names": [], "error": None}}, "policy losses", "verl plugin"),
+        ({"policy_losses": {"names": [], "error": "InputError: taken"}}, "policy losses", "solve the error"),
     ],
-    ids=["no-cpu-platform", "cpu-forced-on-gpu", "not-registered", "plugin-raises", "objective-raises"],
+    ids=[
+        "no-cpu-platform",
+        "cpu-forced-on-gpu",
+        "not-registered",
+        "plugin-raises",
+        "objective-raises",
+        "no-policy-losses",
+        "policy-losses-raise",
+    ],
 )
 def test_a_bad_probe_fails_with_its_fix(change, name, fix):
     assert fix in failed(doctor._check_verl_probe({**VERL_FOUND, **change}))[name]

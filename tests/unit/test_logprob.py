@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from verl_dft.training.logprob import token_logp
+from verl_dft.training.logprob import CHUNK_ELEMENTS, CHUNK_TOKENS, chunk_rows, token_logp
 
 
 def case(n: int = 11, vocab: int = 37, dtype: torch.dtype = torch.float64, scale: float = 3.0):
@@ -66,3 +66,55 @@ def test_nothing_to_compute() -> None:
     logp, entropy = token_logp(logits, labels, torch.zeros(11, dtype=torch.bool))
     logp.sum().backward()
     assert (logp == 0).all() and (logits.grad == 0).all() and entropy is None
+
+
+@pytest.mark.parametrize("vocab", [512, 152_064])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stated_errors(vocab: int, dtype: torch.dtype) -> None:
+    """The bounds in ``token_logp``'s docstring, for likely and unlikely labels and logits of any scale and offset."""
+    n = 20 if vocab > 1000 else 500
+    unit_roundoff = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
+    for scale, offset in ((1, 0), (3, 100), (10, 0), (30, 100)):
+        exact, labels, _ = case(n, vocab, scale=scale)
+        exact += offset
+        labels[n // 2 :] = exact[n // 2 :].argmax(-1)
+        logits = exact.to(dtype)
+        logp, entropy = token_logp(logits, labels, torch.ones(n, dtype=torch.bool), with_entropy=True)
+        expected, expected_entropy = reference(logits, labels)
+        assert ((logp.double() - expected).abs() / (1 + expected.abs())).max() < 5e-7
+        assert (entropy.double() - expected_entropy).abs().max() < 2e-6
+        rounded = (logp.double() - reference(exact, labels)[0]).abs()
+        assert rounded.max() < 2 * unit_roundoff * exact.abs().max() + 5e-7 * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("vocab", [512, 152_064])
+def test_stated_errors_of_gradients(vocab: int) -> None:
+    logits, labels, _ = case(8, vocab, torch.float32)
+    weights = torch.linspace(-1, 1, 8)
+    grads = []
+    for x in (logits.requires_grad_(), logits.detach().double().requires_grad_()):
+        logp, entropy = token_logp(x, labels, torch.ones(8, dtype=torch.bool), with_entropy=True)
+        ((logp * weights).sum() + (entropy * weights.flip(0)).sum()).backward()
+        grads.append(x.grad.double())
+    assert (grads[0] - grads[1]).abs().max() < 2e-6
+
+
+def test_tokens_that_are_ruled_out() -> None:
+    """Logits of -inf in a row that is trained on."""
+    logits, labels, _ = case(6, 9)
+    logits[:, 3] = -torch.inf
+    labels[labels == 3] = 4
+    mask = torch.ones(6, dtype=torch.bool)
+    logp, entropy = token_logp(logits.requires_grad_(), labels, mask, with_entropy=True)
+    (logp + entropy).sum().backward()
+    keep = [0, 1, 2, 4, 5, 6, 7, 8]
+    part = logits.detach()[:, keep].requires_grad_()
+    expected, expected_entropy = token_logp(part, torch.where(labels > 3, labels - 1, labels), mask, with_entropy=True)
+    (expected + expected_entropy).sum().backward()
+    assert torch.allclose(logp, expected) and torch.allclose(entropy, expected_entropy)
+    assert torch.allclose(logits.grad[:, keep], part.grad) and (logits.grad[:, 3] == 0).all()
+
+
+def test_chunks_are_small_for_a_large_vocabulary() -> None:
+    assert chunk_rows(512) == CHUNK_TOKENS and chunk_rows(152_064) * 152_064 <= CHUNK_ELEMENTS
+    assert chunk_rows(2 * CHUNK_ELEMENTS) == 1 and chunk_rows(512, 7) == 7

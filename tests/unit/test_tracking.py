@@ -1,15 +1,21 @@
 """metrics.jsonl over a resume, and which checkpoints count."""
 
 import json
+import shutil
+import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from verl_dft.errors import InputError
-from verl_dft.training.checkpoint import MARKER, MarkedCheckpoints, OrchestrationMode, checkpoint_path, completed_steps
+from verl_dft.training import checkpoint
+from verl_dft.training.checkpoint import MarkedCheckpoints, OrchestrationMode, without_lock_files
 from verl_dft.training.packing import faster_packed
-from verl_dft.training.tracking import MetricsFile, read_metrics
+from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps, resume_point
+from verl_dft.training.tracking import MetricsFile, RunTracker, read_metrics
 
 
 def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:
@@ -26,24 +32,25 @@ def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:
 
 
 class Engine:
-    """Writes one file where verl's engine writes shards."""
+    """Writes a few letters where verl's engine writes shards, in a folder made as verl's does."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 2, seconds: float = 0) -> None:
         self.loaded: list[str] = []
+        self.ranks, self.seconds = ranks, seconds
 
     def save_checkpoint(self, local_path: str, **_: Any) -> None:
-        Path(local_path).mkdir(parents=True)
-        Path(local_path, "model.pt").write_text("weights")
+        time.sleep(self.seconds)
+        folder = checkpoint.fsdp_checkpoint_manager.local_mkdir_safe(local_path)
+        for rank in range(self.ranks):
+            Path(folder, f"model_world_size_2_rank_{rank}.pt").write_text("weights")
 
     def load_checkpoint(self, path: str) -> None:
         self.loaded.append(path)
 
 
 def handler(folder: Path, keep: int | None = 2, **kwargs: Any) -> MarkedCheckpoints:
-    options = {"world_size": 2, "facts": {"seed": 1}, "mode": OrchestrationMode.RAY, **kwargs}
-    return MarkedCheckpoints(
-        engine=Engine(), train_dataloader=None, default_local_dir=str(folder), max_ckpt_to_keep=keep, **options
-    )
+    options = {"world_size": 2, "facts": {"seed": 1}, "mode": OrchestrationMode.RAY, "engine": Engine(), **kwargs}
+    return MarkedCheckpoints(train_dataloader=None, default_local_dir=str(folder), max_ckpt_to_keep=keep, **options)
 
 
 def test_old_checkpoints_go_after_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -71,10 +78,89 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     handler(tmp_path).save_checkpoint(2)
     with pytest.raises(InputError, match=r"saved by 2 rank\(s\), this run has 4"):
         handler(tmp_path, world_size=4).load_checkpoint()
-    with pytest.raises(InputError, match="not a whole checkpoint"):
-        handler(tmp_path, resume_from_path=str(tmp_path / "elsewhere")).load_checkpoint()
     assert handler(tmp_path, resume_mode="disable").load_checkpoint() == 0
     assert handler(tmp_path / "empty").load_checkpoint() == 0
+
+
+def test_where_a_run_starts_from(tmp_path: Path) -> None:
+    other, own = tmp_path / "other", tmp_path / "own"
+    for step in (4, 6):
+        handler(other).save_checkpoint(step)
+    start = checkpoint_path(other, 6)
+
+    def found(given: Path | None = start, mode: str = "auto", world_size: int = 2) -> Path | None:
+        point = resume_point(own, mode=mode, given=given, world_size=world_size)
+        assert point is None or point.step == int(point.path.name.rpartition("_")[2])
+        return point and point.path
+
+    with pytest.raises(InputError, match=r"resume_from_path=.*other is not a whole checkpoint"):
+        found(other)
+    with pytest.raises(InputError, match=r"resume_from_path=.*nowhere does not exist"):
+        found(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"saved by 2 rank\(s\), this run has 1"):
+        found(world_size=1)
+    assert (found(), found(None), found(mode="disable")) == (start, None, None)
+    handler(own).save_checkpoint(5)  # under resume_mode=disable: no continuation of step 6
+    assert found() == start
+    handler(own).save_checkpoint(8)
+    assert found() == found(mode="resume_path") == checkpoint_path(own, 8)
+    shutil.rmtree(start)  # the other run went on and forgot it
+    assert found() == checkpoint_path(own, 8)
+    assert handler(own, resume_from_path=str(start)).load_checkpoint() == 8
+
+
+def test_no_lock_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with without_lock_files():
+        Engine().save_checkpoint(str(tmp_path / "ours"))
+    assert (tmp_path / "ours").is_dir() and list((tmp_path / "temporary").iterdir()) == []
+    Engine().save_checkpoint(str(tmp_path / "verls"))
+    assert [path.suffix for path in (tmp_path / "temporary").iterdir()] == [".lock"], "verl has mended it: simplify"
+
+
+def test_a_checkpoint_of_which_other_disks_hold_parts_gets_no_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.3)
+    with pytest.raises(InputError, match=r"lacks model_world_size_2_rank_1\.pt \(1 of 2 .* all nodes share"):
+        handler(tmp_path, engine=Engine(ranks=1)).save_checkpoint(2)
+    assert completed_steps(tmp_path) == []
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What a tracker reads of a trainer."""
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return SimpleNamespace(
+        run_name="dft",
+        config=SimpleNamespace(output_dir=str(tmp_path)),
+        resume_global_step=0,
+        total_training_steps=3,
+        ckpt_handler=handler(tmp_path / "checkpoints", engine=Engine(seconds=0.5)),
+    )
+
+
+TRACKING = {"project_name": "p", "experiment_name": "e", "default_backend": []}
+
+
+def test_saving_is_no_part_of_the_next_steps_time(trainer: SimpleNamespace, tmp_path: Path) -> None:
+    tracker = RunTracker(trainer, **TRACKING)
+    tracker.log({"train/loss": 1.0, "train/global_tokens": 10}, 1)
+    trainer.ckpt_handler.save_checkpoint(1)
+    time.sleep(0.05)
+    tracker.log({"train/loss": 1.0, "train/global_tokens": 10}, 2)
+    tracker.finish()
+    step = read_metrics(tmp_path / "metrics.jsonl")[1]
+    assert 0.05 <= step["perf/step_s"] < 0.5
+    assert step["perf/tokens_per_s"] == pytest.approx(10 / step["perf/step_s"])
+
+
+def test_a_backend_that_fails_does_not_lose_the_file(trainer: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="nowhere is not supported"):
+        RunTracker(trainer, **{**TRACKING, "default_backend": ["nowhere"]})
+    assert (tmp_path / "metrics.jsonl").is_file()
 
 
 class Shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from verl_dft.data.encode import Encoded, EncodedRow, RowNames, encode_rows
 from verl_dft.data.records import BUILDERS, PER_TOKEN, read_row_file
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, write_json
+from verl_dft.origins import ORIGINS
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
+COLUMNS = (*BUILDERS, "origin")
+"""What rows can bring along beside their tokens."""
 OVERLONG = ("drop", "truncate", "error")
 _OUTSIDE = {"ref_logp": 0.0, "behavior_logp": np.nan}
 """Value of a per-token column where a row stores none."""
@@ -39,6 +43,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.report: dict[str, Any] = meta["report"]
         self.columns: tuple[str, ...] = tuple(meta["columns"])
+        self.added: dict[str, Path] = {}
         self._open()
 
     def _open(self) -> None:
@@ -46,11 +51,22 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         self._prompt_lens = np.load(self.folder / "prompt_lens.npy")
         self._tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
         self._values = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns}
+        self._values |= {name: np.load(file, mmap_mode="r") for name, file in self.added.items()}
         self.lengths = np.diff(self._offsets)
+
+    def add_column(self, name: str, file: str | Path) -> None:
+        """Serve a per-token column from ``file`` (.npy, [total tokens] float32, as :meth:`flat` lays them out)."""
+        self.added[name] = Path(file)
+        self._open()
+        assert self._values[name].shape == (int(self._offsets[-1]),)
+
+    def flat(self, index: int) -> slice:
+        """Where row ``index`` lies in an array over all tokens."""
+        return slice(int(self._offsets[index]), int(self._offsets[index + 1]))
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled memory map would carry its whole file into every data-loader worker
-        return {"folder": self.folder, "report": self.report, "columns": self.columns}
+        return {name: getattr(self, name) for name in ("folder", "report", "columns", "added")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -64,8 +80,8 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
 
         Returns:
             ``input_ids``, ``position_ids`` [T] int64; ``loss_mask`` [T] int64, 1 on the response, end token included
-            (never at position 0); ``advantage`` [1] float32; ``ref_logp``, ``behavior_logp`` [T] float32, nats, the
-            value of token t at position t, 0 or NaN respectively where the row stores none.
+            (never at position 0); ``advantage``, ``origin`` [1] float32; ``ref_logp``, ``behavior_logp`` [T] float32,
+            nats, the value of token t at position t, 0 or NaN respectively where the row stores none.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -92,6 +108,7 @@ def load_dataset(
     overlong: str = "drop",
     columns: Collection[str] = (),
     max_rows: int | None = None,
+    origins: Sequence[str] | None = None,
     cache_dir: str | Path,
     num_proc: int | None = None,
 ) -> RowDataset:
@@ -104,12 +121,14 @@ def load_dataset(
         overlong: for longer rows, ``drop`` them, ``truncate`` the response, or ``error``. A truncated response gets
             no end token, since the text does not end there; a row whose prompt alone fills ``max_length`` is dropped
             under ``truncate`` too.
-        columns: of ``advantage``, ``ref_logp``, ``behavior_logp``; every row must have the first two.
+        columns: of ``advantage``, ``ref_logp``, ``behavior_logp``, ``origin``; every row must have the first two.
         max_rows: read only that many rows, from the start (None or a negative number: all).
+        origins: keep only rows written by these (of ``verl_dft.origins.ORIGINS``); None keeps all.
         num_proc: processes for tokenising; None uses the machine's cores where the rows are many.
 
-    The report counts ``rows_read, rows_kept, rows_dropped_overlong`` (of them ``rows_dropped_long_prompt``),
-    ``rows_truncated, num_tokens, num_trained_tokens, end_tokens_appended`` (the template or the stored ids had none),
+    The report counts ``rows_read, rows_other_origins, rows_kept, rows_dropped_overlong`` (of them
+    ``rows_dropped_long_prompt``), ``rows_truncated, num_tokens, num_trained_tokens, end_tokens_appended`` (the template
+    or the stored ids had none),
     ``end_tokens_without_value`` (appended to stored ids), ``rows_cut_off`` (stored ids of an unfinished generation),
     ``rows_without_<column>`` and the special cases of ``verl_dft.data.template``.
 
@@ -120,6 +139,9 @@ def load_dataset(
     paths = [Path(f).expanduser() for f in ([files] if isinstance(files, str | Path) else files)]
     columns = sorted(columns)
     _check_options(paths, max_length, overlong, columns, max_rows)
+    for origin in origins or ():
+        if origin not in ORIGINS:
+            raise InputError(f"data.origins has {origin!r}; use some of {', '.join(ORIGINS)}")
     max_rows = None if max_rows is None or max_rows < 0 else max_rows
     key = cache_key(
         {
@@ -130,15 +152,17 @@ def load_dataset(
             "overlong": overlong,
             "columns": columns,
             "max_rows": max_rows,
+            **({"origins": sorted(origins)} if origins else {}),
         }
     )
 
     def build(folder: Path) -> None:
         table, names = _read(paths, max_rows)
+        table, names, others = _of_origins(table, names, origins)
         _check_columns(table, names, columns)
         encoded = encode_rows(table, tokenizer, names, num_proc)
         kept, report = _fit(encoded, names, max_length, overlong)
-        _write(folder, encoded, kept, table, columns, report)
+        _write(folder, encoded, kept, table, columns, report | {"rows_other_origins": others})
 
     return RowDataset(cached_dir(cache_dir, key, build))
 
@@ -171,8 +195,8 @@ def _check_options(
     if max_rows == 0:
         raise InputError("max_rows is 0; ask for at least one row, or -1 for all")
     for name in columns:
-        if name not in BUILDERS:
-            raise InputError(f"no column {name!r}; training rows can have {', '.join(BUILDERS)}")
+        if name not in COLUMNS:
+            raise InputError(f"no column {name!r}; training rows can have {', '.join(COLUMNS)}")
 
 
 def _read(paths: Sequence[Path], max_rows: int | None) -> tuple[pa.Table, RowNames]:
@@ -182,6 +206,16 @@ def _read(paths: Sequence[Path], max_rows: int | None) -> tuple[pa.Table, RowNam
     names = RowNames(tuple(map(str, paths)), tuple(table.num_rows for table in tables))
     table = pa.concat_tables(tables)
     return (table if max_rows is None else table.slice(0, max_rows)), names
+
+
+def _of_origins(table: pa.Table, names: RowNames, origins: Sequence[str] | None) -> tuple[pa.Table, RowNames, int]:
+    """The rows of these origins, and how many others there were."""
+    if not origins:
+        return table, names, 0
+    keep = [i for i, origin in enumerate(table["origin"].to_pylist()) if origin in origins]
+    if not keep:
+        raise InputError(f"{', '.join(names.files)}: no row has an origin of data.origins={list(origins)}")
+    return table.take(keep), replace(names, picked=tuple(keep)), table.num_rows - len(keep)
 
 
 def _check_columns(table: pa.Table, names: RowNames, columns: Sequence[str]) -> None:
@@ -246,6 +280,9 @@ def _write(
         if name in PER_TOKEN:
             report[f"rows_without_{name}"] = values.null_count
             np.save(folder / f"{name}.npy", _per_token(name, values, rows, offsets))
+        elif name == "origin":
+            codes = np.array([ORIGINS.index(value) for value in values.to_pylist()], dtype=np.float32)
+            np.save(folder / "origin.npy", codes)
         else:
             np.save(folder / f"{name}.npy", values.to_numpy().astype(np.float32))
     report |= {

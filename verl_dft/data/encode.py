@@ -53,8 +53,11 @@ class RowNames:
 
     files: tuple[str, ...]
     counts: tuple[int, ...]
+    picked: tuple[int, ...] | None = None
+    """Original indices where only some rows were taken."""
 
     def __call__(self, index: int) -> str:
+        index = self.picked[index] if self.picked is not None else index
         for file, count in zip(self.files, self.counts, strict=True):
             if index < count:
                 return f"{file}: row {index}"

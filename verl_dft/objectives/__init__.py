@@ -17,6 +17,14 @@ from verl_dft.objectives.batch import OPTIONAL_FIELDS, Objective, TokenBatch, To
 _TABLE = {
     "sft": "verl_dft.objectives.sft.SFT",
     "dft": "verl_dft.objectives.dft.DFT",
+    "iw_sft": "verl_dft.objectives.iw_sft.IWSFT",
+    "is_sft": "verl_dft.objectives.is_sft.ISSFT",
+    "asft": "verl_dft.objectives.asft.ASFT",
+    "psft": "verl_dft.objectives.psft.PSFT",
+    "gft": "verl_dft.objectives.gft.GFT",
+    "chord": "verl_dft.objectives.chord.CHORD",
+    "focal": "verl_dft.objectives.focal.Focal",
+    "eaft": "verl_dft.objectives.eaft.EAFT",
 }
 _GROUP = "verl_dft.objectives"
 

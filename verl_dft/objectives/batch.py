@@ -51,12 +51,20 @@ class TokenBatch:
     exempt: Tensor | None = None
     """[N] bool, tokens named by the objective's ``exempt_tokens`` (see :class:`verl_dft.objectives.dft.DFT`)."""
 
-    def sequence_mean(self, x: Tensor) -> Tensor:
-        """Mean of ``x`` [N] over the trained tokens of each sequence: [B]; 0 for a sequence without one."""
-        zeros = torch.zeros(self.num_seqs, dtype=x.dtype, device=x.device)
-        total = zeros.index_add(0, self.seq, torch.where(self.mask, x, torch.zeros_like(x)))
-        count = zeros.index_add(0, self.seq, self.mask.to(x.dtype))
-        return total / count.clamp(min=1)
+    def trained(self, x: Tensor) -> Tensor:
+        """``x`` [N] at the trained tokens, 0 elsewhere: whatever is there enters no value and no gradient."""
+        # torch.where, not a product: 0 * inf would be NaN, in value and gradient.
+        return torch.where(self.mask, x, torch.zeros_like(x))
+
+    def sequence_sum(self, x: Tensor, over: Tensor | None = None) -> Tensor:
+        """Sum of ``x`` [N] over the trained tokens of each sequence, or over ``over`` [N] bool: [B]."""
+        chosen = torch.where(self.mask if over is None else over, x, torch.zeros_like(x))
+        return torch.zeros(self.num_seqs, dtype=x.dtype, device=x.device).index_add(0, self.seq, chosen)
+
+    def sequence_mean(self, x: Tensor, over: Tensor | None = None) -> Tensor:
+        """Mean of ``x`` [N] over the same tokens as :meth:`sequence_sum`: [B]; 0 for a sequence without one."""
+        count = self.sequence_sum(torch.ones_like(x), over)
+        return self.sequence_sum(x, over) / count.clamp(min=1)
 
     def to_tokens(self, per_sequence: Tensor) -> Tensor:
         """Spread a per-sequence value [B] over the tokens: [N]."""
@@ -83,24 +91,27 @@ class Objective(Protocol):
     def __call__(self, batch: TokenBatch) -> TokenLoss: ...
 
 
-def token_loss(batch: TokenBatch, nll: Tensor, weight: Tensor, changed: Tensor, **extra: Tensor) -> TokenLoss:
+def token_loss(
+    batch: TokenBatch, nll: Tensor, weight: Tensor, changed: Tensor, *, loss: Tensor | None = None, **extra: Tensor
+) -> TokenLoss:
     """The loss ``weight * nll`` on the trained tokens, with the metrics every objective reports.
 
     Args:
         batch: the micro-batch.
         nll: [N] -log pi_theta, with grad.
-        weight: [N] what the objective multiplies it with; the caller has stopped its gradient.
+        weight: [N] what multiplies the gradient of ``nll``; without ``loss``, the caller has stopped its gradient.
         changed: [N] bool, tokens whose weight differs from SFT's 1 for a reason of the objective's.
-        extra: further metrics, [N] or scalar.
+        loss: [N] the loss, for an objective whose value is not ``weight * nll``. It must be computed from
+            ``batch.trained(batch.logp)``: what masked tokens hold would reach the gradient otherwise.
+        extra: further metrics, [N] (bool counts as 0 and 1) or scalar.
     """
-    # torch.where, not a product: 0 * inf would be NaN at masked tokens, in value and gradient.
-    zero = torch.zeros_like(nll)
-    safe_nll = torch.where(batch.mask, nll, zero)
-    safe_weight = torch.where(batch.mask, weight, zero)
-    metrics = {
-        "nll": safe_nll.detach(),
-        "token_weight": safe_weight.detach(),
-        "changed_frac": changed.to(nll.dtype),
-        **{name: value.detach() for name, value in extra.items()},
-    }
-    return TokenLoss(loss=safe_weight * safe_nll, metrics=metrics)
+    nll = batch.trained(nll)
+    weight = batch.trained(weight)
+    metrics = {"nll": nll, "token_weight": weight, "changed_frac": changed, **extra}
+    return TokenLoss(
+        loss=weight * nll if loss is None else batch.trained(loss),
+        metrics={
+            name: (batch.trained(value) if value.ndim else value).detach().to(nll.dtype)
+            for name, value in metrics.items()
+        },
+    )

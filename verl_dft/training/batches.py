@@ -24,15 +24,25 @@ class StepBatchSampler(Sampler[list[int]]):
         seed: of the permutation.
         balance: give ranks equal work and order each share by length, so that consecutive micro-batches hold rows of
             like length; otherwise the permutation's order is kept.
+        updates: mini-batches that a step is cut into, in the permutation's order; a rank's share is its part of the
+            first, then of the second, and so on.
     """
 
     def __init__(
-        self, lengths: np.ndarray, batch_size: int, *, dp_size: int, dp_rank: int | None, seed: int, balance: bool
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        dp_size: int,
+        dp_rank: int | None,
+        seed: int,
+        balance: bool,
+        updates: int = 1,
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.balance = lengths, batch_size, seed, balance
-        self.dp_size, self.dp_rank = dp_size, dp_rank
+        self.dp_size, self.dp_rank, self.updates = dp_size, dp_rank, updates
         self.epoch = self.first_step = 0
-        assert batch_size % dp_size == 0 and len(self) > 0
+        assert batch_size % (dp_size * updates) == 0 and len(self) > 0
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
@@ -54,11 +64,13 @@ class StepBatchSampler(Sampler[list[int]]):
         """Row indices of one batch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-        shares = self._shares(batch)
+        parts = [self._shares(mini) for mini in np.split(batch, self.updates)]
+        shares = [[row for part in parts for row in part[rank]] for rank in range(self.dp_size)]
         return shares[self.dp_rank] if self.dp_rank is not None else [row for share in shares for row in share]
 
     def _shares(self, batch: np.ndarray) -> list[list[int]]:
-        size = self.batch_size // self.dp_size
+        """Row indices of each rank's part of one mini-batch."""
+        size = len(batch) // self.dp_size
         if not self.balance:
             return [batch[rank * size : (rank + 1) * size].tolist() for rank in range(self.dp_size)]
         lengths = torch.as_tensor(self.lengths[batch])

@@ -4,7 +4,7 @@ verl calls a :class:`LossBridge` twice per micro-batch: first with the logits (i
 turns into float32 log-probs, then with what it returned, for the loss. Nothing else of verl reaches an objective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,16 @@ from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from verl_dft.objectives import Objective, TokenBatch, TokenLoss
 from verl_dft.training.logprob import CHUNK_TOKENS, token_logp
+from verl_dft.training.reference_kl import token_kl
 
-ROW_COLUMNS = ("advantage", "ref_logp", "behavior_logp")
-"""Fields of a TokenBatch that come from the rows."""
+TOKEN_COLUMNS = ("ref_logp", "behavior_logp")
+"""Fields that come from the rows, one value per token at the token's own position."""
+
+ROW_COLUMNS = ("advantage", "origin")
+"""Fields that come from the rows, one value per row."""
+
+SCORED_COLUMNS = ("old_logp", "ema_logp")
+"""Fields that the worker scores before the update, each value at the position that predicts its token."""
 
 SUMS = "verl_dft/sums"
 """Key under which the bridge hands numerators and the token count to the worker."""
@@ -64,6 +71,19 @@ class LossBridge:
     objective: Objective
     reduction: str = "token_mean"
     chunk: int = CHUNK_TOKENS
+    updates: int = 1
+    """Mini-batches of a step, each with an update of its own."""
+    exempt_ids: tuple[int, ...] = ()
+    """Token ids behind the field ``exempt``."""
+    reference_path: str | None = None
+    """Model of the reference policy; None for the one that training starts from."""
+    reference_logits: Tensor | None = field(default=None, repr=False)
+    """[1, n, V] of the micro-batch about to be run; set before the forward pass where ``ref_kl`` is wanted."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The fields that must be computed from the logits or beside them."""
+        return self.objective.requires
 
     def __call__(
         self,
@@ -85,12 +105,17 @@ class LossBridge:
         if sp_size > 1:
             labels, mask = (ulysses_pad_and_slice_inputs(x[None], None, sp_size)[0][0] for x in (labels, mask))
         logp, entropy = token_logp(
-            logits[0], labels, mask.bool(), with_entropy="entropy" in self.objective.requires, chunk=self.chunk
+            logits[0], labels, mask.bool(), with_entropy="entropy" in self.wanted, chunk=self.chunk
         )
-        return {"logp": logp[None]} | ({"entropy": entropy[None]} if entropy is not None else {})
+        outputs = {"logp": logp, "entropy": entropy}
+        if self.reference_logits is not None:
+            outputs["ref_kl"] = token_kl(logits[0], self.reference_logits[0], mask.bool(), chunk=self.chunk)
+            self.reference_logits = None
+        return {name: value[None] for name, value in outputs.items() if value is not None}
 
     def loss(self, model_output: dict[str, Any], data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         """Reduced loss (scalar, with grad) and ``{SUMS: {name: numerator, "tokens": denominator}}``."""
+        assert self.reference_logits is None, "reference logits were not used"
         batch = self.token_batch(model_output, data)
         missing = [name for name in self.objective.requires if getattr(batch, name) is None]
         validation = tu.get_non_tensor_data(data, "validation", False)
@@ -118,15 +143,22 @@ class LossBridge:
         seq = torch.repeat_interleave(torch.arange(num_seqs, device=lengths.device), lengths)
         # fused kernels never materialise logits, so the hook did not run: verl's own log-probs are used
         logp = model_output["logp"] if "logp" in model_output else model_output["log_probs"]
-        fields: dict[str, Tensor] = {}
-        for name in ROW_COLUMNS:
+        logp = logp.values().float()
+        fields: dict[str, Tensor] = {name: data[name].values()[seq] for name in ROW_COLUMNS if name in data.keys()}
+        for name in TOKEN_COLUMNS:
             if name in data.keys():
-                values = data[name].values()
-                fields[name] = values[seq] if name == "advantage" else shift_left(values, offsets, fill=0.0)
-        if "entropy" in model_output:
-            fields["entropy"] = model_output["entropy"].values()
+                fields[name] = shift_left(data[name].values(), offsets, fill=0.0)
+        fields |= {name: data[name].values() for name in SCORED_COLUMNS if name in data.keys()}
+        fields |= {name: model_output[name].values() for name in ("entropy", "ref_kl") if name in model_output}
+        if "origin" in fields:
+            fields["origin"] = fields["origin"].long()
+        if "exempt" in self.objective.requires:
+            labels = shift_left(ids.values(), offsets, fill=0)
+            fields["exempt"] = torch.isin(labels, torch.tensor(self.exempt_ids, device=labels.device))
+        if "old_logp" in self.objective.requires:  # not scored: this is the batch's first update
+            fields.setdefault("old_logp", logp.detach())
         mask = shift_left(data["loss_mask"].values(), offsets, fill=0).bool()
-        return TokenBatch(logp=logp.values().float(), mask=mask, seq=seq, num_seqs=num_seqs, **fields)
+        return TokenBatch(logp=logp, mask=mask, seq=seq, num_seqs=num_seqs, **fields)
 
     def _sums(self, batch: TokenBatch, result: TokenLoss, tokens: int, has_objective: bool) -> dict[str, float]:
         """Numerators over this micro-batch's trained tokens; one device synchronisation for all of them."""
@@ -142,7 +174,12 @@ class LossBridge:
 
 @dataclass
 class ScoreBridge(LossBridge):
-    """Computes log-probs and no loss: what ``infer_batch`` is given to score rows."""
+    """Computes log-probs and no loss: what the engine is given to score rows."""
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Nothing but log-probs."""
+        return frozenset()
 
     def loss(self, model_output: dict[str, Any], data: TensorDict) -> tuple[Tensor, dict[str, Any]]:
         return torch.zeros((), device=model_output["logp"].values().device), {}

@@ -4,36 +4,40 @@ verl moves its tracker before the other ranks' files are written, and with ``max
 checkpoint before the new one exists. Here a folder without a marker is as if it were not there.
 """
 
-import json
-import re
+import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode
+from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode, fsdp_checkpoint_manager
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
 from verl_dft.files import write_json
+from verl_dft.training.resume import MARKER, Checkpoint, checkpoint_path, completed_steps, resume_point
 
-MARKER = "complete.json"
-_FOLDER = re.compile(r"global_step_(\d+)$")
-
-
-def completed_steps(folder: str | Path) -> list[int]:
-    """Steps of the whole checkpoints in ``folder``, in rising order."""
-    found = [
-        int(match[1])
-        for path in Path(folder).glob("global_step_*")
-        if (match := _FOLDER.search(path.name)) and (path / MARKER).is_file()
-    ]
-    return sorted(found)
+PATIENCE_S = 30.0
+"""How long a shared file system may take to show the first rank what another machine has written."""
 
 
-def checkpoint_path(folder: str | Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
-    return Path(folder) / f"global_step_{step}"
+@contextmanager
+def without_lock_files() -> Iterator[None]:
+    """For verl's saving: make the folder without the lock file that it leaves in the temporary folder each time."""
+    original = fsdp_checkpoint_manager.local_mkdir_safe
+    fsdp_checkpoint_manager.local_mkdir_safe = _make_folder
+    try:
+        yield
+    finally:
+        fsdp_checkpoint_manager.local_mkdir_safe = original
+
+
+def _make_folder(path: str) -> str:
+    os.makedirs(path, exist_ok=True)  # safe from several processes at once
+    return path
 
 
 class MarkedCheckpoints(CheckpointHandler):
@@ -42,6 +46,8 @@ class MarkedCheckpoints(CheckpointHandler):
     def __init__(self, *args: Any, world_size: int, facts: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.world_size, self.facts = world_size, facts
+        self.saved_at = 0.0
+        """``time.perf_counter()`` at the end of the last save."""
 
     def save_checkpoint(self, step: int) -> None:
         """Save on all ranks, then mark; older checkpoints beyond ``max_ckpt_to_keep`` go last."""
@@ -56,54 +62,52 @@ class MarkedCheckpoints(CheckpointHandler):
         self._barrier()
         failpoint("checkpoint.before_marker")
         if self.rank == 0:
+            self._check_all_here(path)
             write_json(path / MARKER, {"step": step, "world_size": self.world_size, **self.facts})
             self._forget_old()
         self._barrier()
+        self.saved_at = time.perf_counter()
         failpoint("checkpoint.after_marker")
 
     def load_checkpoint(self) -> int:
-        """Load the newest whole checkpoint (or ``resume_from_path``); returns its step, 0 for none."""
-        path = self._resume_path()
-        self._agree(path)
-        self._drop_later(path)
-        if path is None:
+        """Load what :func:`resume_point` names; returns its step, 0 for none."""
+        point = resume_point(
+            self.default_local_dir, mode=self.resume_mode, given=self.resume_from_path, world_size=self.world_size
+        )
+        self._agree(point)
+        self._drop_later(point.step if point else 0)
+        if point is None:
             return 0
-        marker = json.loads((path / MARKER).read_text())
-        if marker["world_size"] != self.world_size:
-            raise InputError(
-                f"{path} was saved by {marker['world_size']} rank(s), this run has {self.world_size}; use the same "
-                "number, or start from the exported model in another output_dir"
-            )
         if self.rank == 0:
-            print(f"resuming after step {marker['step']} from {path}", flush=True)
-        self.engine.load_checkpoint(str(path))
-        return int(marker["step"])
+            print(f"resuming after step {point.step} from {point.path}", flush=True)
+        self.engine.load_checkpoint(str(point.path))
+        return point.step
 
-    def _resume_path(self) -> Path | None:
-        if self.resume_mode == "disable":
-            return None
-        if self.resume_from_path is not None:
-            path = Path(self.resume_from_path)
-            if not (path / MARKER).is_file():
-                raise InputError(f"trainer.resume_from_path={path} is not a whole checkpoint (no {MARKER} in it)")
-            return path
-        steps = completed_steps(self.default_local_dir)
-        return checkpoint_path(self.default_local_dir, steps[-1]) if steps else None
+    def _check_all_here(self, path: Path) -> None:
+        """Raise :class:`InputError` where a rank's part is not in ``path`` as this process sees it."""
+        names = [f"model_world_size_{self.world_size}_rank_{rank}.pt" for rank in range(self.world_size)]
+        deadline = time.monotonic() + PATIENCE_S
+        while missing := [name for name in names if not (path / name).is_file()]:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"checkpoint {path} lacks {missing[0]} ({len(missing)} of {len(names)} parts are missing): other "
+                    "machines wrote to disks of their own; output_dir must lie on a file system that all nodes share"
+                )
+            time.sleep(0.2)
 
-    def _drop_later(self, path: Path | None) -> None:
+    def _drop_later(self, step: int) -> None:
         """Whole checkpoints beyond the one resumed from are another history and must not be taken for this run."""
-        first = int(_FOLDER.search(path.name)[1]) if path is not None and _FOLDER.search(path.name) else 0
         if self.rank == 0:
-            for step in completed_steps(self.default_local_dir):
-                if step > first:
-                    (checkpoint_path(self.default_local_dir, step) / MARKER).unlink()
+            for later in completed_steps(self.default_local_dir):
+                if later > step:
+                    (checkpoint_path(self.default_local_dir, later) / MARKER).unlink()
         self._barrier()
 
-    def _agree(self, path: Path | None) -> None:
+    def _agree(self, point: Checkpoint | None) -> None:
         if self.mode != OrchestrationMode.SPMD:
             return
         found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, path and path.name)
+        torch.distributed.all_gather_object(found, point and point.path.name)
         if len(set(found)) > 1:
             raise InputError(
                 f"ranks see different checkpoints in {self.default_local_dir} ({', '.join(map(str, found))}); "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from verl_dft.data.template import ConversationEncoder
 from verl_dft.failpoints import failpoint
 from verl_dft.files import atomic_dir
 
@@ -64,6 +65,7 @@ def _plain_model(engine: Any, state: dict[str, torch.Tensor]) -> torch.nn.Module
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling values without do_sample, as many bases ship them, cannot be saved
         model.generation_config.do_sample = True
+    add_end_token(model.generation_config, source.tokenizer)
     adapters = getattr(engine.module, "peft_config", None)
     if adapters:
         from peft import get_peft_model
@@ -74,3 +76,17 @@ def _plain_model(engine: Any, state: dict[str, torch.Tensor]) -> torch.nn.Module
     missing = [name for name in missing if not (config.tie_word_embeddings and name.endswith("lm_head.weight"))]
     assert not missing and not unexpected, f"export: missing {missing}, unexpected {unexpected}"
     return model.merge_and_unload() if adapters else model
+
+
+def add_end_token(generation_config: Any, tokenizer: Any) -> None:
+    """Let generation stop at the token with which the chat template ends a turn, which a base model's need not be.
+
+    Without a chat template the configuration stays as it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    stops = generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    end = ConversationEncoder(tokenizer).end_id
+    if end not in stops:
+        generation_config.eos_token_id = [*stops, end] if stops else end

@@ -1,16 +1,32 @@
-"""``verl-dft train``: prepare, then train in this process, under torchrun or under Ray."""
+"""``verl-dft train``: prepare, then train in this process, in ranks started by torch's launcher, or under Ray."""
 
+import ctypes
+import json
+import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from verl_dft.errors import InputError
 from verl_dft.platform.compat import check_verl_version
+
+_LAUNCHED = "VERL_DFT_LAUNCHED"
+"""Set in the environment of ranks that this command started: their errors are told by it, once."""
+_BAD_INPUT = 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a training. Returns 0 done, 2 bad input; several ranks replace this process by torchrun."""
+    """Run a training. Returns 0 done, 1 failed ranks.
+
+    Raises:
+        InputError: bad input, found here or by a rank.
+    """
     check_verl_version()
     from verl_dft.training.setup import prepare_run
 
@@ -25,24 +41,106 @@ def main(argv: Sequence[str]) -> int:
 
         sft.run(config)
     else:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, torchrun(config, argv))
+        return run_ranks([*torchrun_options(config), "-m", "verl_dft.training.launch", *argv])
     return 0
 
 
-def torchrun(config: DictConfig, argv: Sequence[str]) -> list[str]:
-    """The command that starts the ranks of this machine. Several machines: run it on each with their own rdzv flags.
-
-    Raises no error itself; ``trainer.nnodes`` > 1 needs ``MASTER_ADDR`` and ``NODE_RANK`` in the environment.
-    """
-    nodes = config.trainer.nnodes
-    if nodes == 1:
-        where = ["--standalone"]
-    else:
-        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        port = os.environ.get("MASTER_PORT", "29500")
-        where = [f"--nnodes={nodes}", f"--node-rank={os.environ.get('NODE_RANK', '0')}",
-                 f"--master-addr={address}", f"--master-port={port}"]  # fmt: skip
+def torchrun_options(config: DictConfig) -> list[str]:
+    """torchrun's options for the ranks of this machine; several machines are told apart by the environment."""
     ranks = f"--nproc-per-node={config.trainer.n_gpus_per_node}"
-    return [sys.executable, "-m", "torch.distributed.run", *where, ranks, "-m", "verl_dft.training.sft", *argv]
+    if config.trainer.nnodes == 1:
+        return ["--standalone", ranks]
+    return [
+        ranks,
+        f"--nnodes={config.trainer.nnodes}",
+        f"--node-rank={os.environ['NODE_RANK']}",  # configure checked that both are there
+        f"--master-addr={os.environ['MASTER_ADDR']}",
+        f"--master-port={os.environ.get('MASTER_PORT', '29500')}",
+    ]
+
+
+def run_ranks(command: Sequence[str]) -> int:
+    """What ``torchrun *command`` does, in this process, and told in one line where it fails. Returns 0 or 1.
+
+    Raises:
+        InputError: a rank ended in :func:`run_guarded` with one.
+        KeyboardInterrupt: SIGINT, after the ranks have been ended. Other signals that end a run end this process.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    # it tells of every rank that it ends after a failure; the failure itself is told below
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    os.environ[_LAUNCHED] = "1"
+    try:
+        with tempfile.TemporaryDirectory(prefix="verl_dft_ranks_") as folder:  # torchrun would leave its own behind
+            run(parse_args([f"--log-dir={folder}", *command]))
+        return 0
+    except ChildFailedError as error:
+        return _failure(error)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        signal.signal(error.sigval, signal.SIG_DFL)
+        os.kill(os.getpid(), error.sigval)
+        raise
+    finally:
+        del os.environ[_LAUNCHED]
+
+
+def _failure(error: Exception) -> int:
+    """One line for the rank that failed first."""
+    failures = sorted(error.failures.items(), key=lambda f: f[1].timestamp)  # type: ignore[attr-defined]
+    for _, failure in failures:  # others may have failed within the same second, for want of this rank
+        if failure.exitcode == _BAD_INPUT and "message" in failure.error_file_data:
+            raise InputError(failure.message) from None
+    rank, failure = failures[0]
+    if failure.exitcode < 0:
+        how = f"was ended by signal {-failure.exitcode} ({failure.signal_name()})"
+        if -failure.exitcode == signal.SIGKILL:
+            how += ", which is what the system does when memory runs out"
+    else:
+        how = f"ended with exit code {failure.exitcode}; its traceback is above"
+    print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
+    return 1
+
+
+def run_guarded(run: Callable[[], None]) -> int:
+    """Exit code of a training process: 0 done, 2 bad input (one line); other errors keep their traceback."""
+    launched = _LAUNCHED in os.environ
+    if launched:
+        _end_with_launcher()
+    try:
+        run()
+    except InputError as error:
+        if launched:  # torch's form of an error file, which run_ranks reads
+            report = json.dumps({"message": str(error), "timestamp": int(time.time())})
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report, encoding="utf-8")
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _BAD_INPUT
+    return 0
+
+
+def _rank() -> int:
+    """One rank; verl is imported inside, where an interruption is already silent."""
+
+    def run() -> None:
+        from verl_dft.training import sft
+
+        sft.run(sft.prepare_run(sys.argv[1:]))
+
+    return run_guarded(run)
+
+
+def _end_with_launcher() -> None:
+    """A rank that is interrupted or loses its launcher ends at once, without a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_rank())

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from verl_dft.data.dataset import RowDataset, load_dataset, present_columns
 from verl_dft.data.prepare import prepare_rows
 from verl_dft.errors import InputError
-from verl_dft.files import atomic_write, write_json
-from verl_dft.objectives import build_objective
-from verl_dft.training.configure import ROW_FIELDS, compose_training
+from verl_dft.files import atomic_write, is_leftover, write_json
+from verl_dft.training.configure import ROW_FIELDS, compose_training, objective_of, remarks, world_size
 from verl_dft.training.packing import faster_packed
+from verl_dft.training.resume import resume_point
 
 # may differ between a run and its continuation
 _FREE_KEYS = ("trainer.logger", "trainer.save_freq", "trainer.test_freq", "trainer.max_ckpt_to_keep",
@@ -47,6 +47,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".setup.lock"):  # ranks started by hand prepare one after the other
         check_output(config, output)
+        _check_resume(config)
         as_given = OmegaConf.to_yaml(config, resolve=True)
         prepared = prepare_rows(config.data, output / "data")
         config.data.train_files = [str(path) for path in prepared.train]
@@ -63,6 +64,8 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
             report = {"train": rows.train.report, "val": rows.val.report if rows.val else None}
             write_json(output / "data" / "report.json", report)
             _print_report(report)
+            for remark in remarks(config):
+                print(f"warning: {remark}", file=sys.stderr, flush=True)
     return config
 
 
@@ -88,9 +91,18 @@ def check_output(config: DictConfig, output: Path) -> None:
         "wandb",
         *(["data"] if (output / "data" / ".prepare.lock").exists() else []),
     }
-    strangers = sorted(entry.name for entry in output.iterdir() if entry.name not in ours)
+    strangers = sorted(e.name for e in output.iterdir() if e.name not in ours and not is_leftover(e))
     if strangers:
         raise InputError(f"output_dir={output} is not empty and holds no run ({strangers[0]}, …); choose another")
+
+
+def _check_resume(config: DictConfig) -> None:
+    """Raise :class:`InputError` where the checkpoint to start from is missing or has other ranks."""
+    trainer = config.trainer
+    resume_point(
+        trainer.default_local_dir, mode=trainer.resume_mode, given=trainer.resume_from_path,
+        world_size=world_size(config),
+    )  # fmt: skip
 
 
 def _check_same_rows(rows: Rows, output: Path) -> None:
@@ -137,7 +149,15 @@ def _tokenizer(config: DictConfig) -> Any:
 def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
     """The run's training and validation rows, tokenised (from the cache where it has them)."""
     data = config.data
-    required = build_objective(OmegaConf.to_container(config.objective, resolve=True)).requires & set(ROW_FIELDS)
+    objective = objective_of(config)
+    required = objective.requires & set(ROW_FIELDS)
+    if "ref_logp" in objective.requires and "ref_logp" in present_columns(data.train_files):
+        if config.reference.path:
+            raise InputError(
+                f"{data.train_files[0]}: the rows have reference log-probs of their own (column ref_logp), and "
+                f"reference.path={config.reference.path} is set; drop the column or the key"
+            )
+        required |= {"ref_logp"}  # else the trainer scores the rows before its first step
     cache = Path(data.cache_dir or os.environ.get("VERL_DFT_CACHE", "~/.cache/verl_dft")).expanduser()
 
     def load(files: Sequence[str], max_rows: int, columns: Sequence[str]) -> RowDataset:
@@ -148,6 +168,7 @@ def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
             overlong=data.overlong,
             columns=columns,
             max_rows=max_rows if max_rows > 0 else None,
+            origins=data.origins,
             cache_dir=cache,
             num_proc=data.num_proc,
         )
@@ -160,7 +181,8 @@ def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
         )
     if not data.val_files:
         return Rows(train, None)
-    has_columns = required <= present_columns(data.val_files) if required else True
+    needed = required - {"origin"}
+    has_columns = not needed or needed <= present_columns(data.val_files)
     return Rows(train, load(data.val_files, data.val_max_samples, sorted(required) if has_columns else ()))
 
 

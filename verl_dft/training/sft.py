@@ -11,8 +11,9 @@ from verl.trainer import sft_trainer
 from verl.utils.device import get_device_name
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
+from verl_dft.training.launch import run_guarded
 from verl_dft.training.setup import prepare_run
-from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced, run_guarded
+from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced
 from verl_dft.training.worker import ObjectiveWorker
 
 
@@ -32,6 +33,7 @@ class ObjectiveSFTTrainer(ObjectiveTrainerMixin, sft_trainer.SFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         self.ckpt_handler = self.checkpoints(self.engine, lora_train_meta=self._get_lora_train_meta())
+        self.ckpt_handler.engine = self.training_client  # the worker saves more than its engine
 
 
 def init_distributed() -> None:

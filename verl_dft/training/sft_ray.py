@@ -2,17 +2,19 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import ray
 from omegaconf import DictConfig, OmegaConf
+from verl.plugin.platform import get_platform
 from verl.trainer import sft_trainer_ray
 from verl.utils.checkpoint import OrchestrationMode
-from verl.utils.device import get_device_name
 
 from verl_dft.errors import InputError
+from verl_dft.training.launch import run_guarded
 from verl_dft.training.setup import prepare_run
-from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced, run_guarded
+from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced
 from verl_dft.training.worker import ObjectiveWorker
 
 
@@ -50,25 +52,46 @@ def ray_options(config: DictConfig) -> dict[str, object]:
     given = OmegaConf.to_container(config.ray_init, resolve=True)
     options: dict[str, object] = {"include_dashboard": False, "log_to_driver": True}
     if not os.environ.get("RAY_ADDRESS") and "address" not in given:
-        options |= {"address": "local", "_node_ip_address": "127.0.0.1"}
-        if get_device_name() == "cpu":
+        workers = config.trainer.n_gpus_per_node
+        # logical CPUs: what verl reserves is more than most machines have, and no worker computes on so many
+        cpus = max((CPUS_PER_WORKER + 1) * workers, os.cpu_count() or 1)
+        options |= {"address": "local", "_node_ip_address": "127.0.0.1", "num_cpus": cpus}
+        if config.trainer.device == "cpu":
             # verl schedules workers by GPU: on a CPU these are logical ones. The object store carries batches only.
-            workers = config.trainer.n_gpus_per_node
-            options |= {"num_gpus": workers, "num_cpus": (CPUS_PER_WORKER + 1) * workers}
-            options |= {"object_store_memory": 200_000_000}
+            options |= {"num_gpus": workers, "object_store_memory": 200_000_000}
     return options | given
 
 
-def check_resources(config: DictConfig) -> None:
-    """Raise :class:`InputError` where the cluster can never hold the workers: verl would wait for ever."""
-    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    has = ray.cluster_resources()
-    for resource, per_worker in (("GPU", 1), ("CPU", CPUS_PER_WORKER)):
-        if has.get(resource, 0) < per_worker * workers:
-            raise InputError(
-                f"the Ray cluster has {has.get(resource, 0):g} {resource}, {workers} workers need "
-                f"{per_worker * workers}; lower trainer.n_gpus_per_node or trainer.nnodes, or add nodes"
-            )
+def check_resources(config: DictConfig, machines: Sequence[Mapping[str, float]], device: str) -> None:
+    """Raise :class:`InputError` where the cluster can never hold the workers: verl would wait for ever.
+
+    Args:
+        config: verl asks for ``trainer.nnodes`` groups of ``trainer.n_gpus_per_node`` workers, each group on one
+            machine (which may hold several).
+        machines: total resources of each machine, by Ray's names.
+        device: Ray's name of the accelerator.
+    """
+    groups, workers = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    need = {device: workers, "CPU": CPUS_PER_WORKER * workers}
+    room = sum(int(min(has.get(name, 0) // amount for name, amount in need.items())) for has in machines)
+    if room < groups:
+        found = "; ".join(", ".join(f"{has.get(name, 0):g} {name}" for name in need) for has in machines)
+        raise InputError(
+            f"{groups} machine(s) with {workers} {device} and {need['CPU']} CPU each are needed (trainer.nnodes, "
+            f"trainer.n_gpus_per_node; verl reserves {CPUS_PER_WORKER} CPUs per worker), the Ray cluster has room for "
+            f"{room} (its machines: {found}); change these, or start Ray's nodes with a larger --num-cpus"
+        )
+
+
+@contextmanager
+def plain_input_errors() -> Iterator[None]:
+    """Raise a worker's :class:`InputError` as it was, without Ray's traceback in its message."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
 
 
 def run(config: DictConfig) -> None:
@@ -79,8 +102,10 @@ def run(config: DictConfig) -> None:
     if started:
         ray.init(**ray_options(config))
     try:
-        check_resources(config)
-        ObjectiveRaySFTTrainer(config).fit()
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        check_resources(config, machines, get_platform().ray_resource_name())
+        with plain_input_errors():
+            ObjectiveRaySFTTrainer(config).fit()
     finally:
         if started:
             ray.shutdown()

@@ -49,9 +49,9 @@ class RunTracker:
         folder = Path(trainer.config.output_dir)
         os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
         os.environ.setdefault("WANDB_DIR", str(folder))
-        self.tracking = Tracking(**kwargs)
         resume_step = trainer.resume_global_step
-        self.file = MetricsFile(folder / "metrics.jsonl", resume_step)
+        self.file = MetricsFile(folder / "metrics.jsonl", resume_step)  # first: a backend may fail to start
+        self.tracking = Tracking(**kwargs)
         self.bar = tqdm(
             total=trainer.total_training_steps,
             initial=resume_step,
@@ -70,7 +70,7 @@ class RunTracker:
             data = {f"val/{name}": value for name, value in metrics.items()}
             self.last = time.perf_counter()  # the next step's time is its own
         else:
-            data = self._with_speed(data)
+            data = {**self._with_speed(data), "train/updates": step * data.get("train/num_updates", 1)}
         plain = {
             name: float(value)
             for name, value in data.items()
@@ -84,7 +84,8 @@ class RunTracker:
 
     def _with_speed(self, data: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        begun = max(self.last, self.trainer.ckpt_handler.saved_at)  # saving is no part of the step that follows
+        seconds, self.last = now - begun, now
         speed = data.get("train/global_tokens", 0) / seconds
         self.bar.set_postfix_str(f"loss {data.get('train/loss', math.nan):.4f}, {speed:,.0f} tok/s", refresh=False)
         self.bar.update(1)

@@ -5,7 +5,7 @@ the length of the call, our tracker in the place of verl's ``Tracking`` and ``tq
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +14,13 @@ from typing import Any
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
 from verl_dft.data.dataset import RowDataset
-from verl_dft.errors import InputError
-from verl_dft.objectives import build_objective, objective_name
+from verl_dft.objectives import objective_name
 from verl_dft.training.batches import StepBatchSampler, ValidationLoader, train_loader
 from verl_dft.training.bridge import LossBridge
 from verl_dft.training.checkpoint import MarkedCheckpoints
+from verl_dft.training.configure import objective_of, updates_per_step
+from verl_dft.training.exempt import exempt_ids
+from verl_dft.training.reference_scores import add_reference_logp
 from verl_dft.training.setup import load_rows
 from verl_dft.training.tracking import RunTracker
 
@@ -61,8 +63,19 @@ class ObjectiveTrainerMixin:
         return objective_name(self.config.objective)
 
     def loss_bridge(self) -> LossBridge:
-        """The configured objective with its reduction."""
-        return LossBridge(build_objective(self.config.objective), self.config.trainer.reduction)
+        """The configured objective with its reduction and what it needs to know of the run."""
+        config = self.config
+        objective = objective_of(config)
+        exempt = ()
+        if "exempt" in objective.requires:
+            exempt = exempt_ids(objective.exempt_tokens, self.model_config.tokenizer)  # type: ignore[attr-defined]
+        return LossBridge(
+            objective,
+            config.trainer.reduction,
+            updates=updates_per_step(config),
+            exempt_ids=exempt,
+            reference_path=config.reference.path,
+        )
 
     def _build_dataset(self) -> None:
         rows = load_rows(self.config, self.model_config.tokenizer)  # type: ignore[attr-defined]
@@ -80,7 +93,9 @@ class ObjectiveTrainerMixin:
             dp_rank=dp_rank,
             seed=config.trainer.seed,
             balance=config.trainer.reduction in BALANCED,
+            updates=updates_per_step(config),
         )
+        self.dp_size, self.dp_rank = dp_size, dp_rank
         self.train_dataloader = train_loader(
             self.train_dataset, self.train_sampler, self.collate_fn, config.data.num_workers
         )
@@ -110,7 +125,9 @@ class ObjectiveTrainerMixin:
         return getattr(self, "rank", 0) == 0
 
     def checkpoints(self, engine: Any, **kwargs: Any) -> MarkedCheckpoints:
-        """The handler that ``fit`` saves through."""
+        """The handler that ``fit`` saves through; made before a checkpoint is loaded, while the model is the base."""
+        if "ref_logp" in objective_of(self.config).requires:
+            add_reference_logp(self, self.dp_size, self.dp_rank)
         trainer = self.config.trainer
         return MarkedCheckpoints(
             engine=engine,
@@ -160,15 +177,3 @@ def _pass_through(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
 
 def _silent(*_: Any, **__: Any) -> None:
     """In place of ``print``."""
-
-
-def run_guarded(run: Callable[[], None]) -> int:
-    """Exit code of a training process: 0 done, 2 bad input (one line); other errors keep their traceback."""
-    import sys
-
-    try:
-        run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
