@@ -7,6 +7,7 @@ does, it ends the other ranks once one has failed. Nothing is stubbed: each proc
 """
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -18,10 +19,21 @@ import traceback
 import verl_dft.training.sft  # noqa: F401  (the import that is worth sharing)
 
 
+_ports = itertools.cycle(range(20_000, 30_000))
+for _ in range(os.getpid() * 101 % 10_000):  # servers that run at the same time start far apart
+    next(_ports)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that the system gives to nobody by itself: rank 0 listens on it only a second later."""
+    for port in _ports:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise AssertionError
 
 
 def child(request: dict, environment: dict[str, str]) -> None:

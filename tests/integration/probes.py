@@ -101,3 +101,24 @@ def in_turn(argv: list[str]) -> int:
         if code:
             return code
     return 0
+
+
+def masked_rows(argv: list[str]) -> int:
+    """One step in which the longest rows have no trained token, each a micro-batch alone."""
+    from verl_dft.training.reference_scores import forward_settings
+
+    config = prepare_run(argv)
+    sft.init_distributed()
+    trainer = sft.ObjectiveSFTTrainer(config)
+    batch = next(iter(trainer.train_dataloader))
+    longest = torch.tensor([max(len(row) for row in batch["input_ids"].unbind())])
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
+    masks = [m * (len(m) < int(longest) - 5) for m in batch["loss_mask"].unbind()]
+    batch["loss_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+    data = tu.get_tensordict(batch, forward_settings(trainer))
+    metrics = tu.get(trainer.training_client.train_batch(data), "metrics")
+    kept = {name: metrics[name] for name in ("loss", "grad_norm", "train/nll", "train/num_tokens")}
+    kept["masked"] = sum(not bool(m.any()) for m in masks)
+    Path(config.output_dir, f"masked_{torch.distributed.get_rank()}.json").write_text(json.dumps(kept))
+    destroy_global_process_group()
+    return 0

@@ -107,3 +107,48 @@ def test_what_the_trainer_provided_is_reported(trained: Path) -> None:
     assert losses(trained / "asft", "train/ref_kl")[0] == pytest.approx(0, abs=1e-5)
     assert losses(trained / "asft", "train/ref_kl")[-1] > 0
     assert min(losses(trained / "dft-exempt", "train/exempt_frac")) > 0
+
+
+def test_ranks_and_micro_batches_do_not_matter(
+    ranks: ForkServer, tiny_base: Path, rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """1 rank with micro-batches of 4 rows, and 2 ranks with micro-batches of 1 (packed): one trajectory each."""
+    layouts = {1: ("data.micro_batch_size_per_gpu=4",),
+               2: ("data.micro_batch_size_per_gpu=1", "model.use_remove_padding=true")}  # fmt: skip
+    for world, options in layouts.items():
+        for name in RUNS:
+            argv = ["train", *RUNS[name], *steady(tiny_base, rows, cache_dir, tmp_path / f"{name}-{world}"), *options]
+            ranks.ok(argv, call="verl_dft.cli:main", world=world)
+    for name in RUNS:
+        one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
+        for key in ("train/loss", "train/nll", "train/token_weight", "train/changed_frac", "train/grad_norm"):
+            np.testing.assert_allclose(
+                losses(two, key), losses(one, key), rtol=2e-4, atol=1e-6, err_msg=f"{name} {key}"
+            )
+        assert_same_weights(one / "model", two / "model", atol=5e-5)
+
+
+def steady(model: Path, rows: Path, cache: Path, out: Path) -> list[str]:
+    """Three steps of plain SGD, whose result does not hang on rounding as Adam's may."""
+    return [f"model={model}", f"data={rows}", f"data.cache_dir={cache}", "data.max_length=256",
+            "data.train_batch_size=8", "trainer.total_training_steps=3", "trainer.logger=[]", "optim.optimizer=SGD",
+            "optim.lr=0.05", "optim.weight_decay=0", "optim.lr_warmup_steps_ratio=0", "trainer.save_freq=-1",
+            f"output_dir={out}"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_micro_batches_without_a_trained_token(
+    ranks: ForkServer, tiny_base: Path, rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """They add nothing, and their backward pass works on 2 ranks, of which one may have more of them."""
+    for world in (1, 2):
+        for name in RUNS:
+            argv = [*RUNS[name], *steady(tiny_base, rows, cache_dir, tmp_path / f"{name}-{world}")]
+            ranks.ok([*argv, "data.micro_batch_size_per_gpu=1"], call="probes:masked_rows", world=world)
+    for name in RUNS:
+        (one,) = (json.loads((tmp_path / f"{name}-1" / "masked_0.json").read_text()),)
+        two = [json.loads((tmp_path / f"{name}-2" / f"masked_{rank}.json").read_text()) for rank in range(2)]
+        assert one["masked"] == two[0]["masked"] + two[1]["masked"] > 0
+        for key in ("loss", "grad_norm", "train/nll", "train/num_tokens"):
+            assert math.isfinite(one[key])
+            np.testing.assert_allclose(two[0][key], one[key], rtol=2e-4, atol=1e-6, err_msg=f"{name} {key}")

@@ -77,6 +77,8 @@ class LossBridge:
     """Token ids behind the field ``exempt``."""
     reference_path: str | None = None
     """Model of the reference policy; None for the one that training starts from."""
+    head: str = "auto"
+    """How log-probs are computed, one of ``logprob.HEADS``."""
     reference_logits: Tensor | None = field(default=None, repr=False)
     """[1, n, V] of the micro-batch about to be run; set before the forward pass where ``ref_kl`` is wanted."""
 

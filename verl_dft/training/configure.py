@@ -11,6 +11,7 @@ from verl_dft.config import compose, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.objectives import Objective, build_objective
+from verl_dft.training.logprob import HEADS
 
 ROW_FIELDS = {
     "advantage": "verl-dft groups",
@@ -133,6 +134,7 @@ def _choice(config: DictConfig, key: str, valid: Sequence[Any]) -> None:
 def _check_choices(config: DictConfig) -> None:
     _choice(config, "launcher", ("torchrun", "ray"))
     _choice(config, "trainer.reduction", REDUCTIONS)
+    _choice(config, "trainer.log_prob_head", HEADS)
     _choice(config, "precision", ("fp32", "bf16"))
     _choice(config, "export.dtype", _DTYPES)
     _choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))

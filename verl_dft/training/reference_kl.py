@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_dft.training.logprob import CHUNK_TOKENS
+from verl_dft.training.logprob import CHUNK_TOKENS, chunk_rows
 
 
 class _TokenKL(torch.autograd.Function):
@@ -57,5 +57,6 @@ def token_kl(logits: Tensor, reference: Tensor, mask: Tensor, *, chunk: int = CH
         [N] float32 (float64 for float64 logits), nats, 0 outside ``mask``.
     """
     rows = mask.nonzero().squeeze(-1)
-    with torch.autocast(device_type=logits.device.type, enabled=False):
-        return _TokenKL.apply(logits, reference.detach(), rows, chunk)
+    device = logits.device.type
+    with torch.autocast(device_type=device, enabled=False):
+        return _TokenKL.apply(logits, reference.detach(), rows, chunk_rows(logits.shape[-1], chunk, device))

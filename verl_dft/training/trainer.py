@@ -73,6 +73,7 @@ class ObjectiveTrainerMixin:
             objective,
             config.trainer.reduction,
             updates=updates_per_step(config),
+            head=config.trainer.log_prob_head,
             exempt_ids=exempt,
             reference_path=config.reference.path,
         )

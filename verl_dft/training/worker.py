@@ -16,6 +16,7 @@ from verl_dft.training.average import WeightAverage
 from verl_dft.training.bridge import SUMS, LossBridge, ScoreBridge
 from verl_dft.training.checkpoint import without_lock_files
 from verl_dft.training.export import export_model
+from verl_dft.training.linear_head import install_linear_head
 from verl_dft.training.reference import Reference
 
 _DISPATCH = make_nd_compute_dataproto_dispatch_fn(mesh_name="train")
@@ -31,6 +32,7 @@ class ObjectiveWorker(TrainingWorker):
     _validation: dict[str, float] | None = None
     _average: WeightAverage | None = None
     _reference: Reference | None = None
+    _has_head = False
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
@@ -50,6 +52,9 @@ class ObjectiveWorker(TrainingWorker):
         if not isinstance(self.loss_fn, LossBridge) or not hasattr(self.engine, "module"):
             return
         objective = self.loss_fn.objective
+        if not self._has_head:
+            install_linear_head(self.engine, self.loss_fn.head)
+            self._has_head = True
         if "ref_kl" in objective.requires and self._reference is None:
             self._reference = Reference(self.engine, self.loss_fn.reference_path)
             self._reference.attach()
