@@ -18,7 +18,6 @@ import traceback
 
 import verl_dft.training.sft  # noqa: F401  (the import that is worth sharing)
 
-
 _ports = itertools.cycle(range(20_000, 30_000))
 for _ in range(os.getpid() * 101 % 10_000):  # servers that run at the same time start far apart
     next(_ports)
