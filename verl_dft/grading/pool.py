@@ -2,131 +2,65 @@
 
 A worker that takes too long is killed and its item is a ``timeout``. One that dies is replaced and its item tried once
 more in a fresh process, since the cause may have been outside (the kernel, a user); dying again is an ``error``. No
-other item notices. Each worker is driven by a thread that waits on its pipe, so a pool can be used from any thread.
+other item notices. Each worker is driven by a thread that waits on its pipe, so a pool can be used from any thread and
+from several at once.
 """
 
-import json
+import atexit
 import os
-import select
-import subprocess
-import sys
-import tempfile
+import re
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from verl_dft.grading.extract import extract_answer
-from verl_dft.grading.quick import quick_verdict
+from verl_dft.grading.extract import extract_answer, qwen_answer
+from verl_dft.grading.judge import Verdict, gold_type
+from verl_dft.grading.process import Worker, WorkerDied
+from verl_dft.grading.quick import quick_judge, within
 
 VERDICTS = ("correct", "wrong", "no_answer", "timeout", "error")
 ANSWER_TYPES = ("auto", "number", "latex", "choice", "text", "multi")
-_START_TIMEOUT_S = 120.0
 _MAX_WORKERS = 8
+# Verdicts remembered from one call to the next: at most this many, of pairs at most this long together.
+_MAX_KNOWN, _MAX_KNOWN_CHARS = 50_000, 1_000
 
 
 @dataclass(frozen=True)
 class GradeItem:
-    """A response to grade. ``answer_type``: one of ``auto number latex choice text multi``."""
+    """A response to grade.
+
+    ``answer_type``: one of ``auto number latex choice text multi``; ``auto`` goes by the gold, and so do ``number``,
+    ``latex`` and ``multi`` where a gold is plainly words or a letter. ``tolerance``: absolute error a number may have.
+    """
 
     response: str
     gold: str
     answer_type: str = "auto"
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict (one of ``VERDICTS``), the extracted answer, the rule that decided and, for an error, its reason."""
+    """How a response was graded.
+
+    ``verdict``: one of ``VERDICTS``. ``answer``: as extracted. ``rule``: what decided. ``detail``: an error's reason.
+    ``qwen``: whether the Qwen2.5-Math harness's leniencies accept it (``correct``), else the verdict, or ``wrong``
+    where a number was found that strict extraction does not take for an answer.
+    """
 
     verdict: str
     answer: str | None
     rule: str
     detail: str = ""
+    qwen: str = ""
 
 
-class _WorkerDied(Exception):
-    pass
-
-
-class _Worker:
-    """One subprocess. ``ask`` returns its reply, raises ``TimeoutError`` or ``_WorkerDied``; both leave it ended."""
-
-    def __init__(self, verify: str, timeout_s: float, memory_mb: int) -> None:
-        command = [sys.executable, "-m", "verl_dft.grading.worker", "--verify", verify]
-        command += ["--timeout", str(timeout_s), "--memory-mb", str(memory_mb)]
-        self._buffer = b""
-        with tempfile.TemporaryFile() as stderr:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=_worker_environment()
-            )
-            try:
-                self._reply(_START_TIMEOUT_S)
-            except (TimeoutError, _WorkerDied) as error:
-                stderr.seek(0)
-                tail = stderr.read().decode(errors="replace").strip()[-2000:]
-                raise RuntimeError(f"a grading worker did not start ({error}):\n{tail}") from None
-
-    def ask(self, request: Sequence[str], timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(list(request)).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._died() from None
-        return self._reply(timeout_s)
-
-    def _reply(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + timeout_s
-        poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN)
-        while b"\n" not in self._buffer:
-            left_ms = (deadline - time.monotonic()) * 1000
-            if left_ms <= 0:
-                self.close()
-                raise TimeoutError(f"no reply within {timeout_s:g} s")
-            if poll.poll(left_ms):
-                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise self._died()
-                self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    def _died(self) -> _WorkerDied:
-        # The pipe can close a moment before the process is gone; its own status is worth that moment.
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
-        self.close()
-        return _WorkerDied(f"worker ended with status {self._process.returncode}")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            try:
-                stream.close()
-            except OSError:  # a request that was never read is flushed into a broken pipe
-                pass
-
-
-def _worker_environment() -> dict[str, str]:
-    """This process's environment without what an engine put there to be preloaded, and with this package importable."""
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
-    environment["PYTHONSAFEPATH"] = "1"
-    return environment
-
-
-def available_cpus() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class _Key(NamedTuple):
+    answer: str
+    gold: str
+    answer_type: str
 
 
 class GraderPool:
@@ -134,9 +68,10 @@ class GraderPool:
 
     Args:
         num_workers: processes at most (default: the cores this process may use, 8 at most).
-        timeout_s: seconds of wall time for one (answer, gold) pair.
+        timeout_s: seconds of CPU time for one (answer, gold) pair.
         memory_mb: address space of one worker in MB.
-        verify: ``module:function`` called as ``verify(answer, gold, answer_type) -> (equal, rule)`` in the worker.
+        verify: ``module:function``, called in the worker as ``verify(answer, gold, type) -> (equal, qwen, rule)``.
+        deduplicate: grade identical (answer, gold, type) triples once, also across calls.
     """
 
     def __init__(
@@ -145,12 +80,16 @@ class GraderPool:
         timeout_s: float = 10.0,
         memory_mb: int = 2048,
         verify: str = "verl_dft.grading.verify:verify",
+        deduplicate: bool = True,
     ) -> None:
         self.num_workers = num_workers or min(available_cpus(), _MAX_WORKERS)
         self.timeout_s, self.memory_mb, self.verify = timeout_s, memory_mb, verify
+        self.deduplicate = deduplicate
         self.num_started = 0
-        self._idle: deque[_Worker] = deque()
+        self._idle: deque[Worker] = deque()
+        self._slots = threading.BoundedSemaphore(self.num_workers)
         self._lock = threading.Lock()
+        self._known: dict[_Key, Verdict] = {}
 
     def __enter__(self) -> "GraderPool":
         return self
@@ -163,60 +102,74 @@ class GraderPool:
         while self._idle:
             self._idle.pop().close()
 
-    def grade(self, items: Sequence[GradeItem], on_progress: Callable[[int], None] | None = None) -> list[Grade]:
-        """Grade ``items`` in order. Identical (answer, gold, type) triples are verified once.
+    def worker_pids(self) -> list[int]:
+        """The processes now idle in the pool."""
+        return [worker.pid for worker in list(self._idle)]
+
+    def grade(
+        self, items: Sequence[GradeItem | Mapping[str, Any]], on_progress: Callable[[int], None] | None = None
+    ) -> list[Grade]:
+        """Grade ``items`` in order.
 
         Args:
+            items: each with ``response``, ``gold`` and, optionally, ``answer_type``.
             on_progress: called with the number of items just decided.
         """
-        grades: list[Grade | None] = [None] * len(items)
-        waiting: dict[tuple[str, str, str], list[int]] = {}
-        for index, item in enumerate(items):
-            grades[index] = self._quick(item, waiting, index)
         tell = on_progress or (lambda count: None)
-        tell(sum(grade is not None for grade in grades))
-        for key, grade in self._verify_all(list(waiting), lambda key: tell(len(waiting[key]))).items():
-            for index in waiting[key]:
-                grades[index] = grade
-        assert all(grade is not None for grade in grades)
-        return grades
+        grades: list[Grade | None] = [None] * len(items)
+        waiting: dict[Any, list[int]] = {}
+        keys: dict[Any, _Key] = {}
+        for index, item in enumerate(items):
+            outcome = self._first_look(_as_item(item))
+            if isinstance(outcome, Grade):
+                grades[index] = outcome
+            else:
+                group = outcome if self.deduplicate else index
+                keys[group] = outcome
+                waiting.setdefault(group, []).append(index)
+        tell(len(items) - sum(map(len, waiting.values())))
 
-    def _quick(self, item: GradeItem, waiting: dict[tuple[str, str, str], list[int]], index: int) -> Grade | None:
+        def done(group: Any, grade: Grade) -> None:
+            for index in waiting[group]:
+                grades[index] = grade
+            tell(len(waiting[group]))
+
+        self._verify_all(keys, done)
+        assert all(grade is not None for grade in grades)
+        return grades  # type: ignore[return-value]
+
+    def _first_look(self, item: GradeItem) -> Grade | _Key:
+        """A grade where the cheap rules suffice, else what a worker has to verify."""
         if item.answer_type not in ANSWER_TYPES:
             raise ValueError(f"answer_type {item.answer_type!r} is unknown; valid: {', '.join(ANSWER_TYPES)}")
-        if not item.gold.strip():
-            return Grade("error", None, "empty_gold", "the problem has an empty gold answer")
-        answer = extract_answer(item.response)
+        response, gold = _UNPRINTABLE.sub(" ", item.response), _UNPRINTABLE.sub(" ", item.gold)
+        if not gold.strip():
+            return Grade("error", None, "empty_gold", "the problem has an empty gold answer", "error")
+        answer = extract_answer(response, several=item.answer_type == "multi" or gold_type(gold) == "multi")
         if answer is None:
-            return Grade("no_answer", None, "extract")
-        equal, rule = quick_verdict(answer, item.gold, item.answer_type)
-        if equal is not None:
-            return Grade("correct" if equal else "wrong", answer, rule)
-        waiting.setdefault((answer, item.gold, item.answer_type), []).append(index)
-        return None
+            return Grade("no_answer", None, "extract", qwen=_last_number(response, gold))
+        if item.tolerance and within(answer, gold, item.tolerance):
+            return Grade("correct", answer, "tolerance", qwen="correct")
+        key = _Key(answer, gold, item.answer_type)
+        verdict = self._known.get(key) or quick_judge(*key)
+        return key if verdict is None else _grade(answer, verdict)
 
-    def _verify_all(
-        self, keys: list[tuple[str, str, str]], on_done: Callable[[tuple[str, str, str]], None]
-    ) -> dict[tuple[str, str, str], Grade]:
-        queue, done, failures = deque(keys), {}, []
+    def _verify_all(self, keys: Mapping[Any, _Key], done: Callable[[Any, Grade], None]) -> None:
+        queue, failures = deque(keys.items()), []
 
         def drive() -> None:
-            worker: _Worker | None = None
             try:
                 while queue and not failures:
                     try:
-                        key = queue.popleft()
+                        group, key = queue.popleft()
                     except IndexError:  # another thread took the last one
                         break
-                    grade, worker = self._verify_one(key, worker)
+                    with self._slots:
+                        grade = self._verify_one(key)
                     with self._lock:
-                        done[key] = grade
-                        on_done(key)
+                        done(group, grade)
             except BaseException as error:
                 failures.append(error)
-            finally:
-                if worker is not None:
-                    self._idle.append(worker)
 
         threads = [threading.Thread(target=drive, daemon=True) for _ in range(min(self.num_workers, len(keys)))]
         for thread in threads:
@@ -225,46 +178,121 @@ class GraderPool:
             thread.join()
         if failures:
             raise failures[0]
-        return done
 
-    def _verify_one(self, key: tuple[str, str, str], worker: _Worker | None) -> tuple[Grade, _Worker | None]:
-        """Grade one pair; returns the worker if it is still usable."""
-        answer = key[0]
+    def _verify_one(self, key: _Key) -> Grade:
+        answer = key.answer
         for attempt in (1, 2):
-            worker = worker or self._take_worker()
+            worker = self._take_worker()
             try:
-                reply = worker.ask(key, self.timeout_s)
+                reply = worker.ask(key)
             except TimeoutError as error:
-                return Grade("timeout", answer, "timeout", str(error)), None
-            except _WorkerDied as error:
-                worker = None
+                return Grade("timeout", answer, "timeout", str(error), "timeout")
+            except WorkerDied as error:
                 if attempt == 2:
-                    return Grade("error", answer, "worker_died", f"{error}, twice"), None
+                    return Grade("error", answer, "worker_died", f"{error}, twice", "error")
                 continue
+            except BaseException:
+                worker.close()
+                raise
             if "error" in reply:
                 # Whatever state an exception (memory above all) left behind goes with the process.
                 worker.close()
-                return Grade("error", answer, "exception", reply["error"]), None
-            return Grade("correct" if reply["equal"] else "wrong", answer, reply["rule"]), worker
+                return Grade("error", answer, reply["rule"], reply["error"], "error")
+            self._idle.append(worker)
+            verdict = Verdict(reply["equal"], reply["qwen"], reply["rule"])
+            self._remember(key, verdict)
+            return _grade(answer, verdict)
         raise AssertionError("unreachable")
 
-    def _take_worker(self) -> _Worker:
-        try:
-            return self._idle.pop()
-        except IndexError:
+    def _take_worker(self) -> Worker:
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                with self._lock:
+                    self.num_started += 1
+                return Worker(self.verify, self.timeout_s, self.memory_mb)
+            if worker.alive():
+                return worker
+            worker.close()
+
+    def _remember(self, key: _Key, verdict: Verdict) -> None:
+        if self.deduplicate and sum(map(len, key)) <= _MAX_KNOWN_CHARS:
             with self._lock:
-                self.num_started += 1
-            return _Worker(self.verify, self.timeout_s, self.memory_mb)
+                if len(self._known) >= _MAX_KNOWN:
+                    self._known.clear()
+                self._known[key] = verdict
+
+
+def _grade(answer: str, verdict: Verdict) -> Grade:
+    names = {True: "correct", False: "wrong"}
+    return Grade(names[verdict.equal], answer, verdict.rule, qwen=names[verdict.qwen])
+
+
+def _as_item(item: Any) -> GradeItem:
+    if isinstance(item, GradeItem):
+        return item
+    if isinstance(item, Mapping):
+        return GradeItem(item["response"], item["gold"], item.get("answer_type", "auto"), item.get("tolerance"))
+    return GradeItem(item.response, item.gold, getattr(item, "answer_type", "auto"), getattr(item, "tolerance", None))
+
+
+# Lone surrogates, which no pipe carries, and control characters, which no answer needs.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _last_number(response: str, gold: str) -> str:
+    """The Qwen harness falls back on the last number of a response that marks none as its answer."""
+    number = qwen_answer(response)
+    verdict = number and quick_judge(number, gold)
+    return "no_answer" if number is None else "correct" if verdict and verdict.qwen else "wrong"
+
+
+def available_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_shared: dict[tuple[Any, ...], GraderPool] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_pool(num_workers: int | None = None, timeout_s: float = 10.0, memory_mb: int = 2048) -> GraderPool:
+    """This process's pool with these settings: made at first use, kept until the process ends. Safe after a fork."""
+    key = (os.getpid(), num_workers, timeout_s, memory_mb)
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = GraderPool(num_workers, timeout_s, memory_mb)
+        return _shared[key]
+
+
+@atexit.register
+def close_shared_pools() -> None:
+    """End the workers of this process's shared pools; the next use starts new ones."""
+    for key in [key for key in _shared if key[0] == os.getpid()]:
+        _shared.pop(key).close()
+
+
+def _forget_parent() -> None:
+    """In a forked child: the parent's workers, and a lock that another of its threads may hold, are not ours."""
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def grade_batch(
-    items: Sequence[GradeItem],
+    items: Sequence[GradeItem | Mapping[str, Any]],
     num_workers: int | None = None,
     *,
     timeout_s: float = 10.0,
     memory_mb: int = 2048,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Grade]:
-    """Grade ``items`` with a pool that lives for this call; see :class:`GraderPool`."""
-    with GraderPool(num_workers, timeout_s, memory_mb) as pool:
-        return pool.grade(items, on_progress)
+    """Grade ``items`` with this process's shared pool, from any thread; see :class:`GraderPool`.
+
+    Blocks; in asyncio code, ``await asyncio.to_thread(grade_batch, items)``.
+    """
+    return shared_pool(num_workers, timeout_s, memory_mb).grade(items, on_progress)

@@ -1,104 +1,105 @@
-r"""The rules that decide most answers without a computer algebra system: equal strings, exact numbers, words.
+r"""The rules for single values that need no computer algebra system: equal strings, exact numbers, words, units.
 
-Each returns ``True`` (correct), ``False`` (wrong) or ``None`` (not its case; ask the next, and math-verify last).
 Nothing here evaluates an expression, so no input can make it slow: patterns are linear and numbers are bounded.
 """
 
 import re
 from fractions import Fraction
 
-from verl_dft.grading.normalize import assigned_value, normalize, strip_unit, unwrap_text
+from verl_dft.grading.arithmetic import surely_different
+from verl_dft.grading.compare import Undecided
+from verl_dft.grading.judge import Verdict, gold_type, judge
+from verl_dft.grading.normalize import squeeze, tidy, words
+from verl_dft.grading.numbers import Number, as_float, lenient_same, parse_number, same_number
+from verl_dft.grading.units import strip_unit, units_differ
 
-# Longest text read as a number and largest power of ten, so that a number in the text cannot become a huge integer.
-_MAX_NUMBER_CHARS = 64
-_MAX_EXPONENT = 400
-# A decimal counts as a rounded fraction only from this many places on: 0.333333 is a third, 0.3333 is not.
-_MIN_ROUNDED_PLACES = 6
-_RELATIVE_TOLERANCE = Fraction(1, 10**9)
-
-_DECIMAL = r"[+-]?(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)"
-_NUMBER = re.compile(rf"({_DECIMAL})(?:e([+-]?\d+)|(?:\\times|\\cdot|\*|x)10\^(?:\{{([+-]?\d+)\}}|([+-]?\d)))?")
-_FRACTION = re.compile(rf"([+-]?)(?:\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|\\frac(\d)(\d)|(\d+)/(\d+))")
-_WORD = re.compile(r"[A-Za-z][A-Za-z' -]*")
-_INTERVAL_ENDS = re.compile(r"[(\[].*,.*[)\]]", re.DOTALL)
-_CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[.:)].*)?", re.DOTALL)
+_BASE = re.compile(r"\(?(\d[\dA-Fa-f]*)\)?_\{?\(?(\d{1,2})\)?\}?")
+_CONSTANT = re.compile(r"\+ ?[CcKk](?:_\{?[01]\}?)?$")
+_RATIO = re.compile(r"(-?[\d.]+):(-?[\d.]+)(?::(-?[\d.]+))?")
 
 
-def quick_verdict(answer: str, gold: str, answer_type: str = "auto") -> tuple[bool | None, str]:
-    """Compare ``answer`` with ``gold`` by the cheap rules.
+class QuickLeaf:
+    """A leaf rule; ``rule`` names what decided last. Raises ``Undecided`` for what takes algebra."""
 
-    Args:
-        answer: an extracted answer, as ``extract_answer`` gives it.
-        gold: the reference answer.
-        answer_type: ``auto``, ``number``, ``latex``, ``choice``, ``text`` or ``multi``.
+    rule = ""
 
-    Returns:
-        (verdict, rule): the verdict is None where no rule applies.
-    """
-    a, g = normalize(answer), normalize(gold)
+    def __call__(self, answer: str, gold: str, lenient: bool) -> bool:
+        """Whether two tidied single values are equal."""
+        equal, self.rule = _decide(answer, gold, lenient)
+        return self.undecided(answer, gold, lenient) if equal is None else equal
+
+    def undecided(self, answer: str, gold: str, lenient: bool) -> bool:
+        """What to do about a pair that the quick rules cannot decide."""
+        raise Undecided
+
+
+def _decide(answer: str, gold: str, lenient: bool) -> tuple[bool | None, str]:
+    a, g = squeeze(answer), squeeze(gold)
     if a == g:
         return True, "string"
-    if answer_type == "choice":
-        return _choice(a) == _choice(g), "choice"
-    if answer_type == "text" or (answer_type == "auto" and is_text(gold)):
-        return unwrap_text(answer).casefold() == unwrap_text(gold).casefold(), "text"
+    if _BASE.fullmatch(a) or _BASE.fullmatch(g):
+        return _same_base(a, g), "base"
+    answer_value, answer_unit = strip_unit(answer, letters=True)
+    gold_value, gold_unit = strip_unit(gold)
+    if units_differ(answer_unit, gold_unit):
+        return False, "unit"
+    a, g = squeeze(answer_value), squeeze(gold_value)
+    if a == g:
+        return True, "string"
     gold_number = parse_number(g)
     if gold_number is not None:
         answer_number = parse_number(a)
-        if answer_number is None:
-            answer_number = parse_number(strip_unit(assigned_value(a)))
         if answer_number is not None:
-            return same_number(answer_number, gold_number), "number"
-    if _INTERVAL_ENDS.fullmatch(a) and _INTERVAL_ENDS.fullmatch(g) and (a[0], a[-1]) != (g[0], g[-1]):
-        return False, "interval_ends"
-    return None, ""
+            return _same(answer_number, gold_number, lenient), "number"
+    elif gold_type(gold) == "text":
+        return words(answer) == words(gold), "text"
+    same_shape = _same_shape(a, g)
+    if same_shape is None and surely_different(a, g, lenient):
+        return False, "value"
+    return same_shape, "form"
 
 
-def parse_number(text: str) -> tuple[Fraction, int | None] | None:
-    """(exact value, decimal places as written; None for a fraction), or None where ``text`` is not one plain number."""
-    if len(text) > _MAX_NUMBER_CHARS:
+def _same(answer: Number, gold: Number, lenient: bool) -> bool:
+    return same_number(answer, gold) or (lenient and lenient_same(as_float(answer), as_float(gold)))
+
+
+def _same_base(a: str, g: str) -> bool | None:
+    """``101_2``: digits and base agree; digits alone are taken to be in the base that the problem names."""
+    answer, gold = _BASE.fullmatch(a), _BASE.fullmatch(g)
+    if answer and gold:
+        return answer.groups() == gold.groups()
+    other = a if gold else g
+    if not re.fullmatch(r"[\dA-Fa-f]+", other):
         return None
-    if match := _FRACTION.fullmatch(text):
-        sign, *parts = match.groups()
-        top, bottom = (part for part in parts if part is not None)
-        numerator, denominator = _fraction(top), _fraction(bottom)
-        return ((-1 if sign == "-" else 1) * numerator / denominator, None) if denominator else None
-    if match := _NUMBER.fullmatch(text):
-        exponent = int(next((e for e in match.groups()[1:] if e is not None), "0"))
-        if abs(exponent) > _MAX_EXPONENT:
-            return None
-        places = len(match[1].partition(".")[2])
-        return _fraction(match[1]) * Fraction(10) ** exponent, places - exponent
+    return other == (answer or gold)[1]  # type: ignore[index]
+
+
+def _same_shape(a: str, g: str) -> bool | None:
+    """Antiderivatives up to the name of their constant, and ratios part by part; None for anything else."""
+    if _CONSTANT.search(g) and _CONSTANT.search(a) and _CONSTANT.sub("", a) == _CONSTANT.sub("", g):
+        return True
+    answer, gold = _RATIO.fullmatch(a), _RATIO.fullmatch(g)
+    if answer and gold:
+        pairs = zip(answer.groups(), gold.groups(), strict=True)
+        return all(x == y or (x and y and parse_number(x) == parse_number(y)) for x, y in pairs)
     return None
 
 
-def _fraction(decimal: str) -> Fraction:
-    return Fraction(decimal.replace(",", "").rstrip(".") or "0")
+def quick_judge(answer: str, gold: str, answer_type: str = "auto") -> Verdict | None:
+    """The verdict by the cheap rules alone, or None where math-verify has to be asked."""
+    try:
+        return judge(answer, gold, answer_type, QuickLeaf())
+    except Undecided:
+        return None
 
 
-def same_number(a: tuple[Fraction, int | None], b: tuple[Fraction, int | None]) -> bool:
-    """Equal exactly or to 1e-9, or one is a fraction and the other its correct rounding to 6 places or more."""
-    difference = abs(a[0] - b[0])
-    if difference <= _RELATIVE_TOLERANCE * max(abs(a[0]), abs(b[0])):
-        return True
-    for places, other in ((a[1], b[1]), (b[1], a[1])):
-        if places is not None and other is None and places >= _MIN_ROUNDED_PLACES:
-            return difference <= Fraction(1, 2 * 10**places)
-    return False
+def quick_verdict(answer: str, gold: str, answer_type: str = "auto") -> tuple[bool | None, str]:
+    """(strict verdict, rule) by the cheap rules; (None, "") where they cannot tell."""
+    verdict = quick_judge(answer, gold, answer_type)
+    return (verdict.equal, verdict.rule) if verdict else (None, "")
 
 
-def is_text(gold: str) -> bool:
-    r"""Whether a gold is words: wrapped in ``\text``, or a run of three letters or more without any mathematics.
-
-    Words must not reach the algebra system, which reads them as products of symbols, so that any anagram would pass.
-    """
-    words = unwrap_text(gold)
-    wrapped = words != normalize(gold) and "text" in gold
-    if not _WORD.fullmatch(words):
-        return False
-    return wrapped or words.casefold() == "no" or any(len(w) >= 3 for w in re.split(r"[' -]+", words))
-
-
-def _choice(text: str) -> str:
-    match = _CHOICE.fullmatch(unwrap_text(text))
-    return match[1].upper() if match else text.strip()
+def within(answer: str, gold: str, tolerance: float) -> bool:
+    """Whether both are plain numbers, units apart, that differ by no more than ``tolerance``."""
+    a, g = (parse_number(squeeze(strip_unit(tidy(text))[0])) for text in (answer[:1000], gold))
+    return a is not None and g is not None and abs(a.value - g.value) <= Fraction(str(tolerance))
