@@ -1,6 +1,6 @@
 """Time and peak memory of a training step with each objective, against verl's own SFT loss on the same batches.
 
-    python scripts/bench_objectives.py MODEL_FOLDER ROWS.parquet [--pairs 9] [--objectives dft gft] [key=value …]
+    python scripts/bench_objectives.py MODEL_FOLDER ROWS.parquet [key=value …] [--pairs 9] [--objectives dft gft]
 
 Each objective has a process of its own, with one engine in it. There a step with the objective and a step with verl's
 ``sft_loss`` (through verl's own worker) follow each other in pairs, so both see the same machine at the same time; the

@@ -229,3 +229,61 @@ def test_the_gradient_of_the_reference_kl_under_lora(
     np.testing.assert_allclose(values[0], expected, rtol=1e-4)
     np.testing.assert_allclose(values[:2] - values[1:], lr * norms[:2] ** 2, rtol=0.05)
     assert values[0] - values[1] > 1e-4 * values[0]
+
+
+def test_bad_references_are_found_before_the_model_loads(
+    ranks: ForkServer, small_model: Path, other_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    def refused(name: str, objective: str, *options: str) -> str:
+        argv = command(small_model, uneven_rows, tmp_path / name, cache_dir, objective, *options)
+        finished = ranks.run([*argv, "trainer.total_training_steps=1"])
+        assert finished.codes == [2] and "Loading weights" not in finished.log, finished.log[-2000:]
+        return finished.log
+
+    assert "reference.path=nowhere: no model" in refused("a", "needs.Pull", "reference.path=nowhere")
+    assert "compares with no reference" in refused("b", "needs.Recorder", f"reference.path={other_model}")
+    log = refused("c", "needs.Recorder", "objective.fields=[exempt]", "objective.exempt_tokens=[nothing_like_it]")
+    assert "objective.exempt_tokens has 'nothing_like_it'" in log
+    assert "log_prob_head=chunked cannot" in refused("d", "needs.Pull", "trainer.log_prob_head=chunked")
+    assert "set engine.strategy=fsdp2" in refused("e", "needs.Recorder", "objective.fields=[ema_logp]",
+                                                  "engine.strategy=fsdp", "trainer.device=cuda")  # fmt: skip
+    # scores of one reference are not taken for another's
+    scored = command(
+        small_model, uneven_rows, tmp_path / "f", cache_dir, "needs.Recorder", "objective.fields=[ref_logp]"
+    )
+    assert ranks.run([*scored, "trainer.total_training_steps=1"], env={"VERL_DFT_FAILPOINT": "worker.step"}).codes != [
+        0
+    ]
+    (tmp_path / "f" / "metrics.jsonl").unlink()
+    assert "another configuration" in refused(
+        "f", "needs.Recorder", "objective.fields=[ref_logp]", f"reference.path={other_model}"
+    )
+
+
+def test_a_reference_beside_a_chat_template_of_the_users(
+    ranks: ForkServer, small_model: Path, other_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    turn = r"{{ m.content }}{% if m.role == \'assistant\' %}{{ eos_token }}{% endif %}"
+    run(
+        ranks, small_model, uneven_rows, tmp_path / "run", cache_dir, "needs.Pull", f"reference.path={other_model}",
+        "trainer.total_training_steps=1", f"model.custom_chat_template='{{% for m in messages %}}{turn}{{% endfor %}}'",
+    )  # fmt: skip
+    assert losses(tmp_path / "run")[0] > 0.05
+
+
+def test_scoring_with_verls_fused_kernels(
+    ranks: ForkServer, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """Their log-probs come under another name."""
+    options = (
+        "objective.fields=[ref_logp,old_logp,ema_logp]",
+        "data.mini_batch_size=4",
+        "trainer.total_training_steps=2",
+    )
+    fused = ("model.use_fused_kernels=true", "model.fused_kernel_options.impl_backend=torch")
+    both = [
+        run(ranks, small_model, uneven_rows, tmp_path / name, cache_dir, "needs.Recorder", *options, *extra)
+        for name, extra in (("fused", fused), ("ours", ()))
+    ]
+    for key in ("train/loss", "train/mean_ref_logp", "train/mean_old_logp", "train/mean_ema_logp"):
+        np.testing.assert_allclose(losses(both[0], key), losses(both[1], key), rtol=1e-3)

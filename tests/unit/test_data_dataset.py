@@ -14,8 +14,9 @@ import torch
 from data_helpers import chat, family
 
 from verl_dft.data import dataset as module
-from verl_dft.data.dataset import load_dataset, present_columns
+from verl_dft.data.dataset import load_dataset
 from verl_dft.data.records import Row, write_rows
+from verl_dft.data.selection import has_column, present_columns
 from verl_dft.errors import InputError
 
 QUESTION, ANSWER = "How many?", "x = 4 + 7 = 11."
@@ -276,7 +277,9 @@ def _load_in_child(path: Path, cache: Path, queue: Any) -> None:
     queue.put((str(data.folder), data.report["num_tokens"], (data.folder / "meta.json").stat().st_ino))
 
 
-def test_two_processes_build_one_cache(tmp_path: Path) -> None:
+def test_two_processes_build_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # verl's trainer modules set it to true when another test imports them, and a forked child would wait for threads
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     write_rows(tmp_path / "rows.parquet", [text_row(answer=f"x = {i}.") for i in range(300)])
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -341,3 +344,14 @@ def test_a_column_can_be_added_and_travels_to_workers(load: Any, tmp_path: Path)
     rows.add_column("ref_logp", tmp_path / "ref_logp.npy")
     for copy in (rows, pickle.loads(pickle.dumps(rows))):
         assert copy[1]["ref_logp"].tolist() == values[rows.flat(1)].tolist()
+
+
+def test_reference_log_probs_of_some_rows_only_are_refused(load: Any, tmp_path: Path) -> None:
+    rows = [sampled_row([5, 6], ref_logp=[-1.0, -2.0]), sampled_row([7, 8])]
+    rows[1].origin = "expert"
+    write_rows(tmp_path / "half.parquet", rows)
+    files = [tmp_path / "half.parquet"]
+    with pytest.raises(InputError, match=r"row 1: no value in column 'ref_logp', which other rows have"):
+        has_column(files, "ref_logp", -1, None)
+    assert has_column(files, "ref_logp", -1, ["self"]) and has_column(files, "ref_logp", 1, None)
+    assert not has_column(files, "ref_logp", -1, ["expert"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from torch.utils.data import Dataset
 
 from verl_dft.data.cache import cache_key, cached_dir, tokenizer_fingerprint
 from verl_dft.data.encode import Encoded, EncodedRow, RowNames, encode_rows
-from verl_dft.data.records import BUILDERS, PER_TOKEN, read_row_file
+from verl_dft.data.records import PER_TOKEN
+from verl_dft.data.selection import COLUMNS, check_columns, of_origins, read_table
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, write_json
 from verl_dft.origins import ORIGINS
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = (*BUILDERS, "origin")
-"""What rows can bring along beside their tokens."""
 OVERLONG = ("drop", "truncate", "error")
 _OUTSIDE = {"ref_logp": 0.0, "behavior_logp": np.nan}
 """Value of a per-token column where a row stores none."""
@@ -157,27 +155,14 @@ def load_dataset(
     )
 
     def build(folder: Path) -> None:
-        table, names = _read(paths, max_rows)
-        table, names, others = _of_origins(table, names, origins)
-        _check_columns(table, names, columns)
+        table, names = read_table(paths, max_rows)
+        table, names, others = of_origins(table, names, origins)
+        check_columns(table, names, columns)
         encoded = encode_rows(table, tokenizer, names, num_proc)
         kept, report = _fit(encoded, names, max_length, overlong)
         _write(folder, encoded, kept, table, columns, report | {"rows_other_origins": others})
 
     return RowDataset(cached_dir(cache_dir, key, build))
-
-
-def present_columns(files: str | Path | Sequence[str | Path]) -> frozenset[str]:
-    """Which of ``advantage``, ``ref_logp`` and ``behavior_logp`` these rows can provide to :func:`load_dataset`."""
-    table, names = _read([Path(f) for f in ([files] if isinstance(files, str | Path) else files)], None)
-    found = set()
-    for name in BUILDERS:
-        try:
-            _check_columns(table, names, [name])
-        except InputError:
-            continue
-        found.add(name)
-    return frozenset(found)
 
 
 def _check_options(
@@ -197,36 +182,6 @@ def _check_options(
     for name in columns:
         if name not in COLUMNS:
             raise InputError(f"no column {name!r}; training rows can have {', '.join(COLUMNS)}")
-
-
-def _read(paths: Sequence[Path], max_rows: int | None) -> tuple[pa.Table, RowNames]:
-    import pyarrow as pa
-
-    tables = [read_row_file(path) for path in paths]
-    names = RowNames(tuple(map(str, paths)), tuple(table.num_rows for table in tables))
-    table = pa.concat_tables(tables)
-    return (table if max_rows is None else table.slice(0, max_rows)), names
-
-
-def _of_origins(table: pa.Table, names: RowNames, origins: Sequence[str] | None) -> tuple[pa.Table, RowNames, int]:
-    """The rows of these origins, and how many others there were."""
-    if not origins:
-        return table, names, 0
-    keep = [i for i, origin in enumerate(table["origin"].to_pylist()) if origin in origins]
-    if not keep:
-        raise InputError(f"{', '.join(names.files)}: no row has an origin of data.origins={list(origins)}")
-    return table.take(keep), replace(names, picked=tuple(keep)), table.num_rows - len(keep)
-
-
-def _check_columns(table: pa.Table, names: RowNames, columns: Sequence[str]) -> None:
-    for name in columns:
-        missing = table[name].is_null().to_numpy()
-        # a missing behaviour log-prob means "unknown" (an expert's text), but a file without any was not made for this
-        if missing.all() if name == "behavior_logp" else missing.any():
-            row = names(int(missing.argmax()))
-            raise InputError(
-                f"{row}: no value in column {name!r}, which the objective needs; make it with {BUILDERS[name]}"
-            )
 
 
 def _fit(encoded: Encoded, names: RowNames, max_length: int, overlong: str) -> tuple[list[int], dict[str, int]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from verl.utils.device import get_torch_device
 
 from verl_dft.errors import InputError
 
@@ -27,12 +28,14 @@ class WeightAverage:
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay
+        get_torch_device().synchronize()  # verl moves offloaded weights to the host asynchronously
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.average = [_local(p).float().clone() for p in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after a step."""
+        get_torch_device().synchronize()
         for average, weight in zip(self.average, self.weights, strict=True):
             average.lerp_(_local(weight).to(average), 1 - self.decay)
 
@@ -66,7 +69,7 @@ class WeightAverage:
         file = self._file(folder)
         if not file.is_file():
             raise InputError(f"{file} is missing: the checkpoint was saved by a run without a moving average")
-        for average, saved in zip(self.average, torch.load(file, weights_only=True), strict=True):
+        for average, saved in zip(self.average, torch.load(file, map_location="cpu", weights_only=True), strict=True):
             average.copy_(saved)
 
     def _file(self, folder: str | Path) -> Path:

@@ -250,6 +250,16 @@ def _check_objective(config: DictConfig) -> None:
             f"reference.path={config.reference.path} is set, but objective {config.objective._target_} compares with "
             "no reference; remove it"
         )
+    if "ema_logp" in objective.requires and config.engine.strategy != "fsdp2":
+        raise InputError(
+            f"engine.strategy={config.engine.strategy} cannot score with a moving average of the weights; "
+            "set engine.strategy=fsdp2"
+        )
+    if config.trainer.log_prob_head == "chunked" and (config.model.use_fused_kernels or "ref_kl" in objective.requires):
+        why = (
+            "model.use_fused_kernels=true" if config.model.use_fused_kernels else "an objective's ref_kl (from logits)"
+        )
+        raise InputError(f"trainer.log_prob_head=chunked cannot be combined with {why}; set it to auto")
     from_logits = sorted(objective.requires & _FROM_LOGITS)
     if config.model.use_fused_kernels and from_logits:
         raise InputError(

@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.workers.engine import EngineRegistry
 
-from verl_dft.errors import InputError
 from verl_dft.training.bridge import LossBridge
 
 
@@ -39,7 +38,8 @@ class Reference:
 
     def __init__(self, engine: Any, path: str | None) -> None:
         self.trained = engine
-        self.adapted = path is None and engine._is_lora
+        # what training starts from has the adapters that were loaded, which "adapters off" would leave out
+        self.adapted = path is None and engine._is_lora and not engine.model_config.lora_adapter_path
         self.engine = engine if self.adapted else _frozen_engine(engine, path)
         self.forward_step = self.engine.forward_step  # before `attach` replaces the trained engine's
 
@@ -74,14 +74,8 @@ def _frozen_engine(engine: Any, path: str | None) -> Any:
     if path is not None:
         model_config = dataclasses.replace(
             model_config, path=path, hf_config_path=None, lora_rank=0, lora_adapter_path=None, load_tokenizer=False,
-            tokenizer=None,
+            tokenizer=None, custom_chat_template=None,
         )  # fmt: skip
-        ours, theirs = engine.model_config.hf_config.vocab_size, model_config.hf_config.vocab_size
-        if ours != theirs:
-            raise InputError(
-                f"reference.path={path} has a vocabulary of {theirs} tokens, the trained model {ours}; both must have "
-                "the same tokenizer"
-            )
     frozen = EngineRegistry.new(
         model_type="language_model",
         backend=engine.engine_config.strategy,

@@ -3,6 +3,7 @@
 So no second model stays in memory while training (iw-SFT). A run that continues finds the file and computes nothing.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from tqdm import tqdm
 from verl.utils import tensordict_utils as tu
 
 from verl_dft.data.dataset import RowDataset
+from verl_dft.errors import InputError
 from verl_dft.files import atomic_write
 from verl_dft.training.batches import PaddedRows
+from verl_dft.training.checkpoint import PATIENCE_S
 
 
 def forward_settings(trainer: Any) -> dict[str, Any]:
@@ -38,6 +41,8 @@ def add_reference_logp(trainer: Any, dp_size: int, dp_rank: int | None) -> None:
         dp_size: data-parallel ranks.
         dp_rank: this process's; None where one driver hands out all shares (Ray).
     """
+    if "ref_logp" in trainer.train_dataset.columns:
+        return  # stored by whatever scored the rows; validation rows without it report the nll only
     scored = False
     for name, rows in (("train", trainer.train_dataset), ("val", trainer.val_dataset)):
         if rows is None or "ref_logp" in rows.columns:
@@ -50,6 +55,7 @@ def add_reference_logp(trainer: Any, dp_size: int, dp_rank: int | None) -> None:
                 with atomic_write(file, "wb") as stream:
                     np.save(stream, values)
             _barrier(dp_rank)
+        _wait_for(file)
         rows.add_column("ref_logp", file)
     if scored:
         trainer.training_client.reference_scored()
@@ -93,6 +99,15 @@ def _joined(rows: RowDataset, found: dict[int, np.ndarray] | None) -> np.ndarray
     for row in range(len(rows)):
         values[rows.flat(row)][1:] = found[row][:-1]  # the model's value for token t stands at t - 1
     return values
+
+
+def _wait_for(file: Path) -> None:
+    """Another machine may see a new file late (NFS), or never."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            raise InputError(f"{file} is missing here: output_dir must lie on a file system that all nodes share")
+        time.sleep(0.2)
 
 
 def _agreed(found: bool, dp_rank: int | None) -> bool:

@@ -15,12 +15,14 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.data.dataset import RowDataset, load_dataset, present_columns
+from verl_dft.data.dataset import RowDataset, load_dataset
 from verl_dft.data.prepare import prepare_rows
+from verl_dft.data.selection import has_column, present_columns
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, is_leftover, write_json
 from verl_dft.training.configure import ROW_FIELDS, compose_training, objective_of, remarks, world_size
 from verl_dft.training.packing import faster_packed
+from verl_dft.training.preflight import check_requirements
 from verl_dft.training.resume import resume_point
 
 # may differ between a run and its continuation
@@ -47,13 +49,15 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".setup.lock"):  # ranks started by hand prepare one after the other
         check_output(config, output)
-        _check_resume(config)
+        checkpoint = _check_resume(config)
         as_given = OmegaConf.to_yaml(config, resolve=True)
         prepared = prepare_rows(config.data, output / "data")
         config.data.train_files = [str(path) for path in prepared.train]
         config.data.val_files = [str(path) for path in prepared.val] or None
         _check_validation(config)
-        rows = load_rows(config, _tokenizer(config))
+        tokenizer = _tokenizer(config)
+        check_requirements(config, tokenizer, checkpoint)
+        rows = load_rows(config, tokenizer)
         _check_same_rows(rows, output)
         if config.model.use_remove_padding == "auto":
             config.model.use_remove_padding = _packs(config, rows.train)
@@ -72,8 +76,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
 def check_output(config: DictConfig, output: Path) -> None:
     """Raise :class:`InputError` if ``output`` holds something else than this run or the remains of a failed start."""
     path = output / "config.yaml"
-    started = (output / "metrics.jsonl").exists() or (output / "checkpoints").exists()
-    if path.is_file() and started:
+    if path.is_file() and _has_begun(output):
         mine, theirs = _fingerprint(config), _fingerprint(OmegaConf.load(path))
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         if differing:
@@ -96,19 +99,26 @@ def check_output(config: DictConfig, output: Path) -> None:
         raise InputError(f"output_dir={output} is not empty and holds no run ({strangers[0]}, …); choose another")
 
 
-def _check_resume(config: DictConfig) -> None:
-    """Raise :class:`InputError` where the checkpoint to start from is missing or has other ranks."""
+def _has_begun(output: Path) -> bool:
+    """Whether ``output`` holds results that belong to one configuration."""
+    results = [output / "metrics.jsonl", output / "checkpoints", *(output / "data").glob("ref_logp-*.npy")]
+    return any(path.exists() for path in results)
+
+
+def _check_resume(config: DictConfig) -> Path | None:
+    """The checkpoint to go on from. Raises :class:`InputError` where it is missing or has other ranks."""
     trainer = config.trainer
-    resume_point(
+    point = resume_point(
         trainer.default_local_dir, mode=trainer.resume_mode, given=trainer.resume_from_path,
         world_size=world_size(config),
     )  # fmt: skip
+    return point.path if point else None
 
 
 def _check_same_rows(rows: Rows, output: Path) -> None:
     """A run that has begun goes on with the rows it began with, or not at all."""
     path = output / "data" / "rows.json"
-    if (output / "metrics.jsonl").exists() and path.is_file() and json.loads(path.read_text()) != rows.keys():
+    if _has_begun(output) and path.is_file() and json.loads(path.read_text()) != rows.keys():
         raise InputError(
             f"the rows or the tokenizer have changed since the run in output_dir={output} began; restore them, or "
             "choose another output_dir"
@@ -151,7 +161,9 @@ def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
     data = config.data
     objective = objective_of(config)
     required = objective.requires & set(ROW_FIELDS)
-    if "ref_logp" in objective.requires and "ref_logp" in present_columns(data.train_files):
+    if "ref_logp" in objective.requires and has_column(
+        data.train_files, "ref_logp", data.train_max_samples, data.origins
+    ):
         if config.reference.path:
             raise InputError(
                 f"{data.train_files[0]}: the rows have reference log-probs of their own (column ref_logp), and "

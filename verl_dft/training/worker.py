@@ -180,6 +180,7 @@ class ObjectiveWorker(TrainingWorker):
         micro = tu.get_non_tensor_data(data, "micro_batch_size_per_gpu", None)
         tu.assign_non_tensor(
             data,
+            use_fused_kernels=fused,
             distillation_use_topk=not fused,
             distillation_only=not fused,
             validation=validation,
