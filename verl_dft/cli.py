@@ -16,11 +16,12 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "data": (
         "verl_dft.data.command",
-        "make, list or show training data",
+        "make, list or show training data; check benchmarks",
         (
             "verl-dft data list",
             "verl-dft data make data=arithmetic output_dir=runs/arithmetic",
             "verl-dft data show data=arithmetic model=MODEL_FOLDER",
+            "verl-dft data check benchmark=dft data_dir=FOLDER train=FILE",
         ),
     ),
     "train": (
@@ -41,6 +42,16 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "verl-dft evaluate model=runs/dft/model benchmark=gsm8k n=16",
             "verl-dft evaluate model=[BASE,runs/dft/model] benchmark=math500 n=16 temperature=1.0",
+            "verl-dft evaluate model=runs/dft/model benchmark=dft data_dir=FOLDER",
+        ),
+    ),
+    "compare": (
+        "verl_dft.evaluation.compare",
+        "the difference between two evaluations of the same problems, with its interval and p-value",
+        (
+            "verl-dft compare runs/evaluate/sft/math500 runs/evaluate/dft/math500",
+            "verl-dft compare runs/evaluate/sft runs/evaluate/dft output_dir=runs/sft-dft",
+            "verl-dft compare runs/evaluate/sft runs/evaluate/dft benchmark=math500,aime24 --json",
         ),
     ),
     "demo": (

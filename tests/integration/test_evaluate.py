@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 pytestmark = pytest.mark.integration
 
 _SMALL = ["benchmark=arithmetic", "benchmark.generator.num_problems=4", "n=4", "max_tokens=16", "seed=3"]
-_TIMED = {"written_at", "seconds", "command"}
+_SMALL += ["++shard_size=5"]  # shards that end inside a problem: 5, 5, 5 and 1
+_TIMED = {"written_at", "seconds", "command", "num_reused", "num_generated"}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +35,26 @@ def _shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
-def test_evaluate_twice_gives_the_same_samples(model: Path, tmp_path: Path, run_cli: Callable) -> None:
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: Callable) -> tuple[Path, str, str]:
+    """The folder of an evaluation that nothing interrupted, and what it printed."""
+    before, folder = _shared_memory(), tmp_path_factory.mktemp("whole") / "one"
+    done = run_cli(["evaluate", f"model={model}", *_SMALL, f"output_dir={folder}"], timeout=120)
+    assert done.rc == 0, done.stderr[-3000:]
+    assert not _shared_memory() - before
+    return folder, done.stdout, done.stderr
+
+
+def test_evaluate_twice_gives_the_same_samples(
+    model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable
+) -> None:
     """Two processes, one with a second model behind the first: the same texts, verdicts and numbers."""
     before, other = _shared_memory(), tmp_path / "other"
     other.symlink_to(model)
-    first = run_cli(["evaluate", f"model={model}", *_SMALL, f"output_dir={tmp_path / 'one'}"], timeout=120)
-    assert first.rc == 0, first.stderr[-3000:]
+    one, stdout, stderr = whole
     again = run_cli(["evaluate", f"model=[{model},{other}]", *_SMALL, f"output_dir={tmp_path / 'two'}"], timeout=120)
     assert again.rc == 0, again.stderr[-3000:]
-    folders = [tmp_path / "one", *sorted((tmp_path / "two").iterdir())]
+    folders = [one, *sorted((tmp_path / "two").iterdir())]
     assert len(folders) == 3
     samples = [pq.read_table(folder / "samples.parquet").to_pylist() for folder in folders]
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
@@ -51,7 +64,7 @@ def test_evaluate_twice_gives_the_same_samples(model: Path, tmp_path: Path, run_
         assert differing <= _TIMED | {"model"}
 
     _check_result(results[0], samples[0])
-    assert "avg@4" in first.stdout and "no answer" in first.stdout and "warning" in first.stderr
+    assert "avg@4" in stdout and "no answer" in stdout and "warning" in stderr
     assert not _shared_memory() - before
 
 
@@ -65,6 +78,33 @@ def _check_result(result: dict, rows: list[dict]) -> None:
     assert len({row["response"] for row in rows}) > 8  # samples of one prompt differ
     assert result["engine"]["dtype"] == "float32"
     assert result["truncated_frac"] == sum(row["finish_reason"] == "length" for row in rows) / 16
+
+
+# Killed at each of these in turn, in one folder: with nothing stored, inside a shard's file, between two shards.
+_KILLS = ["store.before_append", "store.after_append:9", "store.after_rename"]
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(_KILLS[2:], id="once"), pytest.param(_KILLS, id="thrice", marks=pytest.mark.slow)]
+)
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(
+    model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable, kills: list[str]
+) -> None:
+    """``kill -9`` under real vLLM; then the rest is generated, what is stored is not, and no byte differs."""
+    command = ["evaluate", f"model={model}", *_SMALL, f"output_dir={tmp_path / 'out'}"]
+    for place in kills:
+        killed = run_cli(command, timeout=120, env={"VERL_DFT_FAILPOINT": place})
+        assert killed.rc == -signal.SIGKILL, killed.stderr[-3000:]
+        assert not (tmp_path / "out" / "result.json").exists()
+    stored = {path: path.read_bytes() for path in (tmp_path / "out" / "store").glob("*.jsonl")}
+    assert 0 < len(stored) < 4
+    done = run_cli(command, timeout=120)
+    assert done.rc == 0, done.stderr[-3000:]
+    assert all(path.read_bytes() == content for path, content in stored.items())
+    assert (tmp_path / "out" / "samples.parquet").read_bytes() == (whole[0] / "samples.parquet").read_bytes()
+    first, resumed = (json.loads((folder / "result.json").read_text()) for folder in (whole[0], tmp_path / "out"))
+    assert {key for key in first if first[key] != resumed[key]} <= _TIMED
+    assert first["num_generated"] == 16 and resumed["num_generated"] == 16 - resumed["num_reused"] < 16
 
 
 _ENGINE_SCRIPT = """

@@ -1,4 +1,4 @@
-"""``verl-dft data list|make|show``."""
+"""``verl-dft data list|make|show|check``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from verl_dft.errors import InputError
 
-ACTIONS = ("list", "make", "show")
+ACTIONS = ("list", "make", "show", "check")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,28 +21,45 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"verl-dft data needs one of {', '.join(ACTIONS)}, got {action or 'nothing'!r}; see --help")
     if action == "list":
         return list_sources()
+    if action == "check":
+        from verl_dft.data.check import main as check
+
+        return check(argv[1:])
     name, overrides = split_config_name(argv[1:], "data")
     config = compose(name, overrides)
     return make(config) if action == "make" else show(config)
 
 
 def list_sources() -> int:
-    """Print the data configurations with the first line of their comment, and the prompts."""
+    """Print the data configurations and benchmarks with the first line of their comment, and the prompts."""
     from verl_dft.config import group_options
     from verl_dft.data.prompts import PROMPTS
-    from verl_dft.paths import configs_dir
 
-    names = group_options("data")
-    width = max(len(n) for n in [*names, *PROMPTS])
+    names, benchmarks = group_options("data"), group_options("benchmark")
+    width = max(len(n) for n in [*names, *benchmarks, *PROMPTS])
     print("data=NAME (options: configs/data/NAME.yaml, set with data.source.KEY=…):")
     for name in names:
-        first = (configs_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        print(f"  {name:<{width}}  {first.lstrip('# ')}")
+        print(f"  {name:<{width}}  {_comment('data', name)[0]}")
+    print("benchmark=NAME (of verl-dft evaluate and verl-dft data check):")
+    for name in benchmarks:
+        comment, licence = _comment("benchmark", name)
+        print(f"  {name:<{width}}  {comment}{f' [{licence}]' if licence else ''}")
     print("data.prompt=NAME:")
     for name, prompt in PROMPTS.items():
         turns = [f"system: {prompt.system!r}"] if prompt.system else []
         print(f"  {name:<{width}}  {'; '.join([*turns, 'user: ' + repr(prompt.user.replace('{{}}', '{}'))])}")
     return 0
+
+
+def _comment(group: str, name: str) -> tuple[str, str]:
+    """First line of a configuration's comment, and its ``licence``."""
+    from omegaconf import OmegaConf
+
+    from verl_dft.paths import configs_dir
+
+    path = configs_dir() / group / f"{name}.yaml"
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# "), str(OmegaConf.load(path).get("licence") or "")
 
 
 def make(config: Any) -> int:

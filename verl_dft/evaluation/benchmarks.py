@@ -1,25 +1,18 @@
 """Benchmarks: a YAML file each (``configs/benchmark/``), read from a hub, from a local copy, or generated.
 
-Keys of a benchmark::
-
-    name           how results name it
-    path           local .jsonl, .jsonl.gz or .parquet file; overrides the hub
-    hub            {name, config, split} of a Hugging Face data set
-    generator      {name: arithmetic, num_problems, seed, level_weights} instead of a file
-    columns        {id, problem, answer}: names to look for, first found wins
-    answer_after   text after which the gold answer stands in its column ("####"), where it occurs
-    answer_type    auto, number, latex, choice, text or multi (see verl_dft.grading); a file's own column wins
-    prompt         named prompt (verl_dft.data.prompts)
-    max_tokens     of a response
-    limit          first so many problems; null: all
+The keys and their defaults are those of ``benchmark`` in ``configs/evaluate.yaml``; see ``docs/benchmarks.md``.
 """
 
+import math
+import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from verl_dft.data import tables
+from verl_dft.data.parsing import last_boxed
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import ANSWER_TYPES
 
@@ -28,18 +21,19 @@ _OVERRIDE = "for a local copy give benchmark.path=FILE"
 
 @dataclass(frozen=True)
 class BenchmarkProblem:
-    """A question with its gold answer. ``level`` where the benchmark has one."""
+    """A question with its gold answer. ``level`` where the benchmark has one; ``tolerance`` as in ``GradeItem``."""
 
     id: str
     problem: str
     answer: str
     answer_type: str = "auto"
     level: int | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A named set of problems and how to ask them. ``origin`` says where they came from, for the result file."""
+    """A named set of problems. ``origin`` says where they came from and under what licence, for the result file."""
 
     name: str
     problems: list[BenchmarkProblem]
@@ -50,7 +44,7 @@ def load_benchmark(config: Mapping[str, Any], limit: int | None = None) -> Bench
     """The benchmark a configuration describes, its first ``limit`` problems.
 
     Raises:
-        InputError: missing file, hub failure, missing column, empty question, repeated id, wrong limit.
+        InputError: missing file, hub failure, missing column, empty question, repeated id, wrong limit or tolerance.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}; it is the number of problems to evaluate, at least 1 (null: all)")
@@ -61,6 +55,7 @@ def load_benchmark(config: Mapping[str, Any], limit: int | None = None) -> Bench
         problems = [_problem(config, origin["label"], i, record) for i, record in enumerate(records)]
     problems = problems[:limit]
     _check(config["name"], problems)
+    origin["licence"] = config.get("licence", "none stated")
     return Benchmark(config["name"], problems, origin)
 
 
@@ -73,6 +68,20 @@ def _generate(generator: Mapping[str, Any]) -> list[BenchmarkProblem]:
     return [BenchmarkProblem(p.id, p.problem, p.answer, "number", p.level) for p in drawn]
 
 
+def local_file(config: Mapping[str, Any], folder: str | Path) -> Path | None:
+    """The benchmark's file in ``folder``: ``file`` or ``name`` with .jsonl, .jsonl.gz or .parquet; None without one.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"data_dir={folder} is not a folder; give the one with the benchmarks' files")
+    stems = [stem for stem in (config.get("file"), config["name"]) if stem]
+    paths = (folder / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".jsonl.gz", ".parquet"))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _records(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from verl_dft.files import sha256_file
 
@@ -81,46 +90,118 @@ def _records(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str,
             raise InputError(f"benchmark file {path} does not exist; give benchmark.path=FILE (.jsonl or .parquet)")
         path = Path(path).expanduser()
         return tables.read_records(path), {"label": str(path), "path": str(path), "sha256": sha256_file(path)}
-    hub = config.get("hub")
-    if not hub:
+    if not (hub := config.get("hub")):
         raise InputError(f"benchmark={config['name']} has no file; give benchmark.path=FILE (.jsonl or .parquet)")
+    return _from_hub(config["name"], hub)
+
+
+def _from_hub(name: str, hub: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     import datasets
 
-    label = f"{hub['name']} ({hub['split']})"
+    label = f"{hub.get('files') or hub['name']} ({hub['split']})"
+    configs = hub.get("config")
+    options = {"split": hub["split"]} | ({"data_files": hub["files"]} if hub.get("files") else {})
     try:
-        table = datasets.load_dataset(hub["name"], hub.get("config"), split=hub["split"])
+        parts = [
+            datasets.load_dataset(hub["name"], one, **options)
+            for one in (configs if isinstance(configs, list | tuple) else [configs])
+        ]
     except Exception as error:  # the hub's client raises a dozen kinds, from no network to no such split
         detail = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"benchmark {config['name']}: cannot load {label} from the hub: {detail}; {_OVERRIDE}"
-        ) from None
-    return table.to_list(), {"label": label, "hub": dict(hub), "fingerprint": table._fingerprint}
+        raise InputError(f"benchmark {name}: cannot load {label} from the hub: {detail}; {_OVERRIDE}") from None
+    records = [record for part in parts for record in part.to_list()]
+    return records, {"label": label, "hub": dict(hub), "fingerprint": "-".join(part._fingerprint for part in parts)}
 
 
 def _problem(config: Mapping[str, Any], label: str, index: int, record: Mapping[str, Any]) -> BenchmarkProblem:
     columns = config["columns"]
-    question = _column(label, index, record, "problem", columns["problem"])
-    answer = _column(label, index, record, "answer", columns["answer"])
-    if mark := config.get("answer_after"):
-        answer = answer.rpartition(mark)[2].strip()
-    found = next((str(record[name]) for name in columns["id"] if record.get(name) is not None), None)
-    answer_type = record.get("answer_type") or config["answer_type"]
+    where = f"{label}: row {index}"
+    rewrite = config.get("rewrite") or {}
+    question = _rewritten(_column(where, record, "problem", columns["problem"]), rewrite.get("problem") or ())
+    answer_type = _find(record, columns.get("answer_type", ["answer_type"])) or config["answer_type"]
     if answer_type not in ANSWER_TYPES:
-        raise InputError(f"{label}: row {index}: answer_type {answer_type!r}; use one of {', '.join(ANSWER_TYPES)}")
-    level = record.get("level")
+        raise InputError(f"{where}: answer_type {answer_type!r}; use one of {', '.join(ANSWER_TYPES)}")
+    found = _find(record, columns["id"])
+    level = re.fullmatch(r"(?:Level )?(\d+)", _find(record, ["level"]) or "")
     return BenchmarkProblem(
-        found or f"{config['name']}/{index}", question, answer, answer_type, level if isinstance(level, int) else None
+        id=f"{config['name']}/{index}" if found is None else found,
+        problem=question,
+        answer=_gold(config, where, record, answer_type),
+        answer_type=answer_type,
+        level=int(level[1]) if level else None,
+        tolerance=_tolerance(where, _find(record, columns.get("tolerance", ["tolerance"]))),
     )
 
 
-def _column(label: str, index: int, record: Mapping[str, Any], what: str, names: Sequence[str]) -> str:
+def _gold(config: Mapping[str, Any], where: str, record: Mapping[str, Any], answer_type: str) -> str:
+    names = config["columns"]["answer"]
+    if answer_type == "choice":
+        raw = next((record[name] for name in names if record.get(name) is not None), None)
+        if isinstance(raw, int) and not isinstance(raw, bool):  # the number of an option, from 0
+            return string.ascii_uppercase[raw]
+    answer = _column(where, record, "answer", names)
+    if config.get("answer_boxed"):
+        answer = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
+    if mark := config.get("answer_after"):
+        answer = answer.rpartition(mark)[2].strip()
+    return _rewritten(answer, (config.get("rewrite") or {}).get("answer") or ())
+
+
+def _rewritten(text: str, pairs: Sequence[Sequence[str]]) -> str:
+    if not pairs:
+        return text
+    for pattern, replacement in pairs:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def _tolerance(where: str, text: str | None) -> float | None:
+    if not text or not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{where}: tolerance {text!r}; it must be a number of at least 0")
+    return value
+
+
+class _Options(list):
+    """A column's list: ``{column}`` in a template gives ``(A) first (B) second``, ``{column!r}`` the list itself."""
+
+    def __format__(self, spec: str) -> str:
+        pairs = zip(string.ascii_uppercase, self, strict=False)
+        return " ".join(f"({letter}) {str(option).strip()}" for letter, option in pairs)
+
+
+def _find(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of ``names`` that the record has, as text. A name with braces is a template of columns."""
     for name in names:
-        if record.get(name) is not None:
-            return str(record[name])
+        if "{" in name:
+            fields = [field for _, field, _, _ in string.Formatter().parse(name) if field]
+            if all(record.get(field) not in (None, "", []) for field in fields):
+                values = {field: record[field] for field in fields}
+                return name.format(**{k: _Options(v) if isinstance(v, list) else _text(v) for k, v in values.items()})
+        elif record.get(name) is not None:
+            return _text(record[name], strip=False)
+    return None
+
+
+def _text(value: Any, strip: bool = True) -> str:
+    """Numbers that are whole without ``.0``, lists joined by commas."""
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return text.strip() if strip else text
+
+
+def _column(where: str, record: Mapping[str, Any], what: str, names: Sequence[str]) -> str:
+    if (found := _find(record, names)) is not None:
+        return found
     have = ", ".join(map(str, record)) or "none"
     raise InputError(
-        f"{label}: row {index}: no {what} (looked for {', '.join(names)}; columns: {have}); "
-        f"set benchmark.columns.{what}=[NAME]"
+        f"{where}: no {what} (looked for {', '.join(names)}; columns: {have}); set benchmark.columns.{what}=[NAME]"
     )
 
 

@@ -6,12 +6,10 @@ would be too narrow. Everything here takes one value per problem (a cluster) and
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 
 from verl_dft.errors import InputError
-
-# Exact quantiles t(0.975; v) where the expansion in 1/v is not yet good.
-_T975_SMALL = (12.7062, 4.3027, 3.1824, 2.7764)
+from verl_dft.evaluation.student import t975
 
 
 def avg_at_n(num_correct: Sequence[int], n: int) -> float:
@@ -29,6 +27,47 @@ def pass_at_k(num_correct: Sequence[int], n: int, k: int) -> float:
     if not 1 <= k <= n:
         raise InputError(f"pass@k needs 1 <= k <= n, got k={k} and n={n}")
     return fmean(1 - math.comb(n - c, k) / math.comb(n, k) for c in num_correct)
+
+
+def pass_at_every_k(num_correct: Sequence[int], n: int) -> dict[int, float]:
+    """:func:`pass_at_k` for k = 1 to n."""
+    _check(num_correct, n)
+    how_many = [(c, num_correct.count(c)) for c in set(num_correct)]
+    return {
+        k: math.fsum(times * (1 - math.comb(n - c, k) / math.comb(n, k)) for c, times in how_many) / len(num_correct)
+        for k in range(1, n + 1)
+    }
+
+
+def std_over_problems(num_correct: Sequence[int], n: int) -> float | None:
+    """Standard deviation, between problems, of a problem's average (divisor P - 1): how uneven the problems are.
+
+    Divided by sqrt(P) it is the standard error behind :func:`clustered_ci95`. None for one problem.
+    """
+    _check(num_correct, n)
+    return stdev([c / n for c in num_correct]) if len(num_correct) > 1 else None
+
+
+def std_over_runs(correct: Sequence[Sequence[bool]]) -> float | None:
+    """Standard deviation of the n run averages (divisor n - 1): the ± of papers that repeat an evaluation n times.
+
+    Run i is the i-th sample of every problem. It shows the luck of sampling on these problems alone and is much
+    smaller than the uncertainty of the score, which is mostly the choice of problems. None for n = 1.
+
+    Args:
+        correct: problem by problem, whether each of its n samples is correct.
+    """
+    runs = [fmean(run) for run in zip(*correct, strict=True)]
+    return stdev(runs) if len(runs) > 1 else None
+
+
+def std_within_problems(num_correct: Sequence[int], n: int) -> float | None:
+    """Standard deviation of one sample's verdict (0 or 1) around its problem's average, pooled over the problems.
+
+    The square root of the mean of c (n - c) / (n (n - 1)). None for n = 1.
+    """
+    _check(num_correct, n)
+    return math.sqrt(fmean(c * (n - c) for c in num_correct) / (n * (n - 1))) if n > 1 else None
 
 
 def clustered_ci95(values: Sequence[float]) -> tuple[float, float] | None:
@@ -50,7 +89,9 @@ def clustered_ci95(values: Sequence[float]) -> tuple[float, float] | None:
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[float, tuple[float, float] | None]:
     """Mean of ``b - a`` over problems and its 95% interval, from problem id -> share correct of two results.
 
-    Pairing by problem removes the spread of difficulty, which two separate intervals would count twice.
+    Pairing by problem removes the spread of difficulty, which two separate intervals would count twice. The interval
+    is None where the differences have no spread (one problem, or the same difference everywhere): it is then unknown,
+    not zero.
 
     Raises:
         InputError: the results are not of the same problems.
@@ -63,27 +104,19 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[f
     if not a:
         raise InputError("two results without problems cannot be compared")
     differences = [b[key] - a[key] for key in a]
-    mean = fmean(differences)
-    if len(differences) < 2:
-        return mean, None
-    half_width = _half_width(differences)
-    return mean, (mean - half_width, mean + half_width)
+    return fmean(differences), difference_ci95(differences)
+
+
+def difference_ci95(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95% interval of the mean of one difference per problem, mean +- t * s / sqrt(P); None without a spread."""
+    if len(differences) < 2 or stdev(differences) < 1e-12:
+        return None
+    mean, half_width = fmean(differences), _half_width(differences)
+    return mean - half_width, mean + half_width
 
 
 def _half_width(values: Sequence[float]) -> float:
-    return _t975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def _t975(degrees: int) -> float:
-    """Student's 97.5% quantile to 4 digits (Abramowitz and Stegun 26.7.5 from 5 degrees of freedom on)."""
-    if degrees <= len(_T975_SMALL):
-        return _T975_SMALL[degrees - 1]
-    z = NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
-    return z + first / degrees + second / degrees**2 + third / degrees**3 + fourth / degrees**4
+    return t975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def _check(num_correct: Sequence[int], n: int) -> None:

@@ -1,4 +1,4 @@
-"""Pages that stand alone: no script, no style sheet or image outside the file. Everything given is escaped here."""
+"""Pages that stand alone: no script, style sheet or image outside the file. Everything given is escaped here."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -19,12 +19,12 @@ img{max-width:100%} dt{font-weight:600;margin-top:.5rem} dd{margin:0 0 0 1rem;ov
 """
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page; ``parts`` are pieces made by the functions below."""
+def page(title: str, parts: Iterable[str], head: str = "") -> str:
+    """A whole page; ``parts`` are pieces made by the functions below, ``head`` is markup for its head."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
+        f"<style>{_STYLE}</style>{head}</head><body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 

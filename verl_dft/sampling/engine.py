@@ -166,6 +166,12 @@ class VLLMEngine:
         texts = [output.outputs[0] for output in outputs]
         return [GeneratedText(list(text.token_ids), text.text, str(text.finish_reason)) for text in texts]
 
+    def facts(self) -> dict[str, Any]:
+        """What a result should say about this engine: number type, device, limits and threads."""
+        kept = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes")
+        facts: dict[str, Any] = {"dtype": self.dtype, "device": "cpu" if self.on_cpu else "gpu"}
+        return {**facts, **{key: self.options.get(key) for key in kept}, "num_threads": self.num_threads}
+
     def _sampling_params(self, request: SampleRequest) -> Any:
         options: dict[str, Any] = {"temperature": 0.0}
         if request.temperature > 0 and self.on_cpu:

@@ -1,0 +1,133 @@
+"""Sampling shard by shard through a store: what is there is taken, what is missing is generated.
+
+Which requests share a batch changes the last bits of a model's logits, so a seed alone does not fix a sample. A shard
+does: its members and their order are a function of the request list, it is generated alone, and an unfinished one is
+redone whole. An interrupted run therefore ends with the samples it would have had.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from verl_dft.errors import InputError
+from verl_dft.sampling.engine import SampleRequest
+from verl_dft.sampling.source import TextSource
+from verl_dft.sampling.store import SampleStore, Shard, StoredSample, shard_id
+
+# Without `deterministic`, so many shards are generated in one call: the end of a call, where few sequences are left to
+# run, is then met less often.
+_SHARDS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sample that a run needs. ``name`` is for messages."""
+
+    key: str
+    index: int
+    request: SampleRequest
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The samples in the order they were wanted, and how they came about.
+
+    ``seconds`` is what generating them took, in this run or an earlier one; ``facts`` are those of each distinct
+    source that had a part.
+    """
+
+    samples: list[StoredSample]
+    facts: list[dict[str, Any]]
+    seconds: float
+    num_reused: int
+    num_generated: int
+
+
+def sample_all(
+    store: SampleStore,
+    wanted: Sequence[Wanted],
+    open_source: Callable[[], AbstractContextManager[TextSource]] | None,
+    *,
+    shard_size: int,
+    deterministic: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> Sampled:
+    """Every wanted sample, from the store where it is there.
+
+    Args:
+        open_source: called once, and only if something is missing; None: nothing may be generated.
+        shard_size: samples of a shard; a kill costs at most one (16 without ``deterministic``).
+        deterministic: a sample is reused as a member of its shard only. If false, any stored sample of the same key is,
+            and larger calls are made: faster on a GPU, but bytes then depend on where earlier runs were interrupted.
+        on_progress: called with the number of samples just obtained.
+
+    Raises:
+        InputError: samples are missing and ``open_source`` is None.
+    """
+    assert len({want.key for want in wanted}) == len(wanted), "two wanted samples have the same key"
+    tell = on_progress or (lambda count: None)
+    missing = list(_missing(store, wanted, shard_size, deterministic))
+    num_missing = sum(map(len, missing))
+    if missing and open_source is None:
+        raise InputError(_missing_text(store, len(wanted), num_missing, missing[0][0]))
+    tell(len(wanted) - num_missing)
+    if missing:
+        assert open_source is not None
+        with open_source() as source:
+            for members in missing:
+                _generate(store, source, members)
+                tell(len(members))
+    used = _used(store, wanted, shard_size, deterministic)
+    by_key = {sample.key: sample for shard in reversed(used) for sample in shard.samples}
+    assert all(want.key in by_key for want in wanted), "a sample is missing"
+    facts: list[dict[str, Any]] = []
+    for shard in used:
+        facts += [] if shard.facts in facts else [shard.facts]
+    seconds = sum(shard.seconds for shard in used)
+    samples = [by_key[want.key] for want in wanted]
+    return Sampled(samples, facts, round(seconds, 2), len(wanted) - num_missing, num_missing)
+
+
+def _missing(
+    store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool
+) -> Iterator[Sequence[Wanted]]:
+    if deterministic:
+        for members in _chunks(wanted, shard_size):
+            if store.shard(shard_id([want.key for want in members])) is None:
+                yield members
+    else:
+        pending = [want for want in wanted if store.find(want.key) is None]
+        yield from _chunks(pending, shard_size * _SHARDS_AT_ONCE)
+
+
+def _chunks(wanted: Sequence[Wanted], size: int) -> list[Sequence[Wanted]]:
+    return [wanted[i : i + size] for i in range(0, len(wanted), size)]
+
+
+def _used(store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool) -> list[Shard]:
+    if deterministic:
+        found = [store.shard(shard_id([want.key for want in members])) for members in _chunks(wanted, shard_size)]
+        return [shard for shard in found if shard is not None]
+    keys = {want.key for want in wanted}
+    return [shard for shard in store.shards() if any(sample.key in keys for sample in shard.samples)]
+
+
+def _generate(store: SampleStore, source: TextSource, members: Sequence[Wanted]) -> None:
+    begun = time.monotonic()
+    texts = source.generate([want.request for want in members])
+    seconds = time.monotonic() - begun
+    assert len(texts) == len(members), f"the source gave {len(texts)} texts for {len(members)} requests"
+    samples = [
+        StoredSample(want.key, want.index, want.request.seed, text) for want, text in zip(members, texts, strict=True)
+    ]
+    store.append(samples, source.facts(), seconds)
+
+
+def _missing_text(store: SampleStore, num_wanted: int, num_missing: int, first: Wanted) -> str:
+    return (
+        f"{num_missing} of {num_wanted} samples are not in {store.folder} (first: {first.name or first.key}, sample "
+        f"{first.index}), so there is nothing to grade again; leave out regrade=true to generate them"
+    )
