@@ -47,9 +47,10 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     if result["no_answer_frac"] > WARN_FRAC:
         found.append(f"{_percent(result['no_answer_frac'])}% of the samples hold no answer; look at samples.parquet")
     if result["num_context_limited"]:
+        context = result["engine"].get("max_model_len", "unknown")
         found.append(
             f"{result['num_context_limited']} of {result['num_problems']} prompts leave less than "
-            f"max_tokens={result['max_tokens']} of the context ({result['engine'].get('max_model_len', 'unknown')} tokens)"
+            f"max_tokens={result['max_tokens']} of the context ({context} tokens)"
         )
     for verdict in ("timeout", "error"):
         if count := result["verdicts"][verdict]:
