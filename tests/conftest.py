@@ -46,6 +46,12 @@ class CliResult(NamedTuple):
     stderr: str
 
 
+@pytest.fixture(autouse=True)
+def _tokenizers_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's trainer modules switch them on when a test imports them; a child that another test forks would then hang."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The project's root folder."""

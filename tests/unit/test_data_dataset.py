@@ -277,9 +277,7 @@ def _load_in_child(path: Path, cache: Path, queue: Any) -> None:
     queue.put((str(data.folder), data.report["num_tokens"], (data.folder / "meta.json").stat().st_ino))
 
 
-def test_two_processes_build_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # verl's trainer modules set it to true when another test imports them, and a forked child would wait for threads
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+def test_two_processes_build_one_cache(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", [text_row(answer=f"x = {i}.") for i in range(300)])
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
