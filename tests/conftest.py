@@ -48,7 +48,7 @@ class CliResult(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def _tokenizers_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl's trainer modules switch them on when a test imports them; a child that another test forks would then hang."""
+    """verl's trainer modules switch threads on when a test imports them; a child that another test forks would hang."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
