@@ -328,8 +328,8 @@ def test_command_makes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "needs one of list, make, show"),
-        (["mak"], "needs one of list, make, show, got 'mak'"),
+        ([], "needs one of list, make, show, check"),
+        (["mak"], "needs one of list, make, show, check, got 'mak'"),
         (["make", "data=arithmetic"], "output_dir is not set"),
         (["show", "data=arithmetic"], "model is not set"),
         (["make", "data=arithmetik"], "no option 'arithmetik'"),
