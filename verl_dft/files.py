@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +34,14 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def missing_files(paths: Sequence[Path], patience_s: float) -> list[Path]:
+    """Which of ``paths`` are not there even after ``patience_s`` seconds: another machine may see a new file late."""
+    deadline = time.monotonic() + patience_s
+    while (missing := [path for path in paths if not path.is_file()]) and time.monotonic() <= deadline:
+        time.sleep(0.2)
+    return missing
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.distributed import destroy_global_process_group
 
 from verl_dft.training import sft
+from verl_dft.training.reference_scores import forward_settings
 from verl_dft.training.setup import prepare_run
 
 
@@ -43,14 +44,7 @@ def export_and_score(argv: list[str]) -> int:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mine = list(range(rank, len(trainer.train_dataset), world))
     batch = trainer.collate_fn([trainer.train_dataset[i] for i in mine])
-    settings = {
-        "use_remove_padding": config.model.use_remove_padding,
-        "use_dynamic_bsz": False,
-        "micro_batch_size_per_gpu": 1,
-        "temperature": 1.0,
-        "pad_mode": config.data.pad_mode,
-        "pad_token_id": trainer.model_config.tokenizer.pad_token_id,
-    }
+    settings = {**forward_settings(trainer), "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
     output = trainer.training_client.compute_logp(tu.get_tensordict(batch, settings))
     scores = {row: logp.tolist() for row, logp in zip(mine, output["logp"].unbind(), strict=True)}
     Path(config.output_dir, f"scores_{rank}.json").write_text(json.dumps(scores))
@@ -105,8 +99,6 @@ def in_turn(argv: list[str]) -> int:
 
 def masked_rows(argv: list[str]) -> int:
     """One step in which the longest rows have no trained token, each a micro-batch alone."""
-    from verl_dft.training.reference_scores import forward_settings
-
     config = prepare_run(argv)
     sft.init_distributed()
     trainer = sft.ObjectiveSFTTrainer(config)

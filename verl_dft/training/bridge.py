@@ -40,6 +40,20 @@ def shift_left(values: Tensor, offsets: Tensor, fill: float) -> Tensor:
     return shifted
 
 
+def labels_and_mask(data: TensorDict) -> tuple[Tensor, Tensor]:
+    """The token that each position predicts and whether it is trained on, [n] each.
+
+    n = the tokens of the micro-batch, or of this sequence-parallel shard with its padding.
+    """
+    ids = data["input_ids"]
+    labels = torch.roll(ids.values(), shifts=-1, dims=0)
+    mask = shift_left(data["loss_mask"].values(), ids.offsets(), fill=0)
+    sp_size = tu.get_non_tensor_data(data, "sp_size", 1)
+    if sp_size > 1:
+        labels, mask = (ulysses_pad_and_slice_inputs(x[None], None, sp_size)[0][0] for x in (labels, mask))
+    return labels, mask.bool()
+
+
 def loss_weight(reduction: str, *, dp_size: int, batch_tokens: int, batch_seqs: int, tokens: int, micros: int) -> float:
     """The factor of the summed token losses of one micro-batch, before FSDP averages gradients over ranks.
 
@@ -100,18 +114,11 @@ class LossBridge:
 
     def log_probs(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
         """verl's logits hook. ``logits`` [1, n, V], n = this sequence-parallel shard's tokens; returns [1, n] each."""
-        ids = data["input_ids"]
-        labels = torch.roll(ids.values(), shifts=-1, dims=0)
-        mask = shift_left(data["loss_mask"].values(), ids.offsets(), fill=0)
-        sp_size = tu.get_non_tensor_data(data, "sp_size", 1)
-        if sp_size > 1:
-            labels, mask = (ulysses_pad_and_slice_inputs(x[None], None, sp_size)[0][0] for x in (labels, mask))
-        logp, entropy = token_logp(
-            logits[0], labels, mask.bool(), with_entropy="entropy" in self.wanted, chunk=self.chunk
-        )
+        labels, mask = labels_and_mask(data)
+        logp, entropy = token_logp(logits[0], labels, mask, with_entropy="entropy" in self.wanted, chunk=self.chunk)
         outputs = {"logp": logp, "entropy": entropy}
         if self.reference_logits is not None:
-            outputs["ref_kl"] = token_kl(logits[0], self.reference_logits[0], mask.bool(), chunk=self.chunk)
+            outputs["ref_kl"] = token_kl(logits[0], self.reference_logits[0], mask, chunk=self.chunk)
             self.reference_logits = None
         return {name: value[None] for name, value in outputs.items() if value is not None}
 

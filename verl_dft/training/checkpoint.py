@@ -17,7 +17,7 @@ from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode, fsdp_che
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
-from verl_dft.files import write_json
+from verl_dft.files import missing_files, write_json
 from verl_dft.training.resume import MARKER, Checkpoint, checkpoint_path, completed_steps, resume_point
 
 PATIENCE_S = 30.0
@@ -85,15 +85,12 @@ class MarkedCheckpoints(CheckpointHandler):
 
     def _check_all_here(self, path: Path) -> None:
         """Raise :class:`InputError` where a rank's part is not in ``path`` as this process sees it."""
-        names = [f"model_world_size_{self.world_size}_rank_{rank}.pt" for rank in range(self.world_size)]
-        deadline = time.monotonic() + PATIENCE_S
-        while missing := [name for name in names if not (path / name).is_file()]:
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"checkpoint {path} lacks {missing[0]} ({len(missing)} of {len(names)} parts are missing): other "
-                    "machines wrote to disks of their own; output_dir must lie on a file system that all nodes share"
-                )
-            time.sleep(0.2)
+        parts = [path / f"model_world_size_{self.world_size}_rank_{rank}.pt" for rank in range(self.world_size)]
+        if missing := missing_files(parts, PATIENCE_S):
+            raise InputError(
+                f"checkpoint {path} lacks {missing[0].name} ({len(missing)} of {len(parts)} parts are missing): other "
+                "machines wrote to disks of their own; output_dir must lie on a file system that all nodes share"
+            )
 
     def _drop_later(self, step: int) -> None:
         """Whole checkpoints beyond the one resumed from are another history and must not be taken for this run."""

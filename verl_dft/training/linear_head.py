@@ -20,10 +20,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from verl.utils import tensordict_utils as tu
-from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
 from verl_dft.errors import InputError
-from verl_dft.training.bridge import LossBridge, shift_left
+from verl_dft.training.bridge import LossBridge, labels_and_mask
 from verl_dft.training.linear_logp import KEEP_ALL, KEEP_BYTES, linear_logp
 from verl_dft.training.logprob import HEADS
 
@@ -56,15 +55,8 @@ class Targets:
     @classmethod
     def of(cls, data: TensorDict, with_entropy: bool) -> "Targets":
         """Those of a micro-batch as verl's engine gets it."""
-        ids = data["input_ids"]
-        labels = torch.roll(ids.values(), shifts=-1, dims=0)
-        mask = shift_left(data["loss_mask"].values(), ids.offsets(), fill=0)
-        if not tu.get_non_tensor_data(data, "use_remove_padding", True):
-            return cls(labels, mask.bool(), ids.offsets().diff(), with_entropy)
-        sp_size = tu.get_non_tensor_data(data, "sp_size", 1)
-        if sp_size > 1:
-            labels, mask = (ulysses_pad_and_slice_inputs(x[None], None, sp_size)[0][0] for x in (labels, mask))
-        return cls(labels, mask.bool(), None, with_entropy)
+        packed = tu.get_non_tensor_data(data, "use_remove_padding", True)  # sequence parallelism always is
+        return cls(*labels_and_mask(data), None if packed else data["input_ids"].offsets().diff(), with_entropy)
 
     def rows(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """Trained positions in hidden states of ``shape`` [B, S] without their last dimension, flattened; labels."""

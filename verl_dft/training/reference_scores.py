@@ -3,7 +3,6 @@
 So no second model stays in memory while training (iw-SFT). A run that continues finds the file and computes nothing.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_dft.data.dataset import RowDataset
 from verl_dft.errors import InputError
-from verl_dft.files import atomic_write
+from verl_dft.files import atomic_write, missing_files
 from verl_dft.training.batches import PaddedRows
 from verl_dft.training.checkpoint import PATIENCE_S
 
@@ -55,7 +54,8 @@ def add_reference_logp(trainer: Any, dp_size: int, dp_rank: int | None) -> None:
                 with atomic_write(file, "wb") as stream:
                     np.save(stream, values)
             _barrier(dp_rank)
-        _wait_for(file)
+        if missing_files([file], PATIENCE_S):
+            raise InputError(f"{file} is missing here: output_dir must lie on a file system that all nodes share")
         rows.add_column("ref_logp", file)
     if scored:
         trainer.training_client.reference_scored()
@@ -99,15 +99,6 @@ def _joined(rows: RowDataset, found: dict[int, np.ndarray] | None) -> np.ndarray
     for row in range(len(rows)):
         values[rows.flat(row)][1:] = found[row][:-1]  # the model's value for token t stands at t - 1
     return values
-
-
-def _wait_for(file: Path) -> None:
-    """Another machine may see a new file late (NFS), or never."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not file.is_file():
-        if time.monotonic() > deadline:
-            raise InputError(f"{file} is missing here: output_dir must lie on a file system that all nodes share")
-        time.sleep(0.2)
 
 
 def _agreed(found: bool, dp_rank: int | None) -> bool:
