@@ -36,6 +36,15 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft train --config-name laptop/gsm8k_dft model=SMOLLM2_FOLDER",
         ),
     ),
+    "sample": (
+        "verl_dft.sampling.command",
+        "sample graded responses to problems with vLLM, for the builders",
+        (
+            "verl-dft sample model=FOLDER data=gsm8k n=4 output_dir=runs/samples",
+            "verl-dft sample model=FOLDER data=problems.jsonl n=8 num_replicas=4 output_dir=runs/samples",
+            "verl-dft sample model=FOLDER data=arithmetic limit=100 output_dir=runs/samples --dry-run",
+        ),
+    ),
     "evaluate": (
         "verl_dft.evaluation.command",
         "sample with vLLM, grade, and report avg@n with its interval",
@@ -72,6 +81,7 @@ def usage(verb: str | None = None) -> str:
     module, line, examples = _VERBS[verb]
     text = [f"verl-dft {verb}: {line}", "", "examples:", *(f"  {example}" for example in examples)]
     groups = {"train": ("objective", "data", "model", "hardware"), "data": ("data",), "evaluate": ("benchmark",)}
+    groups |= {"sample": ("data", "model")}
     if verb in groups:
         from verl_dft.config import group_options
 

@@ -96,7 +96,30 @@ def user_file(label: str, index: int, record: Mapping[str, Any], keys: Mapping[s
     answer = last_boxed(solution or "") if values["answer"] is None else str(values["answer"])
     given = record.get(keys["id"])
     name = Path(label).name.split(".")[0]
-    return Problem(str(given) if given is not None else f"{name}/{index}", question, answer, solution, source=name)
+    return Problem(
+        str(given) if given is not None else f"{name}/{index}",
+        question,
+        answer,
+        solution,
+        _teacher_solutions(label, index, record),
+        name,
+        _level(record.get("level")),
+    )
+
+
+def _teacher_solutions(label: str, index: int, record: Mapping[str, Any]) -> list[str] | None:
+    texts = record.get("teacher_solutions")
+    if texts is None:
+        return None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{label}: row {index}: column 'teacher_solutions' must be a list of texts")
+    return texts
+
+
+def _level(value: Any) -> int | None:
+    """The number in ``3``, ``"3"`` or ``"Level 3"``; anything else has no level. It only orders statistics."""
+    digits = re.search(r"\d+", str(value)) if isinstance(value, int | str) else None
+    return int(digits[0]) if digits else None
 
 
 def _text(label: str, index: int, record: Mapping[str, Any], key: str, option: str = "") -> str:

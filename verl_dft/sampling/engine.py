@@ -31,7 +31,11 @@ _ONE_THREAD_HIDDEN_SIZE = 256
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One text to sample. ``seed`` is ignored at temperature 0 (greedy); ``top_k`` 0 means all tokens."""
+    """One text to sample. ``seed`` is ignored at temperature 0 (greedy); ``top_k`` 0 means all tokens.
+
+    ``messages`` are the turns behind ``prompt_ids``, for a source that applies its own template (an endpoint).
+    With ``want_logp`` the log-prob of each sampled token is returned too.
+    """
 
     prompt_ids: Sequence[int]
     seed: int
@@ -40,6 +44,8 @@ class SampleRequest:
     top_k: int = 0
     max_tokens: int = 256
     stop_token_ids: Sequence[int] = ()
+    messages: Sequence[Mapping[str, str]] | None = None
+    want_logp: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,13 @@ class GeneratedText:
     """What came out. ``token_ids`` holds the end token where there is one, ``text`` does not.
 
     ``finish_reason``: ``stop`` (the model ended it) or ``length`` (cut off by ``max_tokens`` or the context).
+    ``logp``: of each token under the model at temperature 1 without top-p and top-k, in nats, where it was asked for.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: str
+    logp: list[float] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -163,8 +171,9 @@ class VLLMEngine:
             use_tqdm=progress,
         )
         assert len(outputs) == len(requests)
-        texts = [output.outputs[0] for output in outputs]
-        return [GeneratedText(list(text.token_ids), text.text, str(text.finish_reason)) for text in texts]
+        return [
+            _generated(output.outputs[0], request.want_logp) for output, request in zip(outputs, requests, strict=True)
+        ]
 
     def facts(self) -> dict[str, Any]:
         """What a result should say about this engine: number type, device, limits and threads."""
@@ -182,6 +191,8 @@ class VLLMEngine:
         elif request.temperature > 0:
             options = {"temperature": request.temperature, "top_p": request.top_p, "top_k": request.top_k}
             options["seed"] = request.seed
+        if request.want_logp:
+            options["logprobs"] = 0  # no alternatives: the sampled token's alone
         return self._vllm.SamplingParams(
             n=1, max_tokens=request.max_tokens, stop_token_ids=list(request.stop_token_ids), **options
         )
@@ -206,6 +217,14 @@ class VLLMEngine:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _generated(output: Any, want_logp: bool) -> GeneratedText:
+    ids = list(output.token_ids)
+    logp = None
+    if want_logp:
+        logp = [float(at[token].logprob) for at, token in zip(output.logprobs, ids, strict=True)]
+    return GeneratedText(ids, output.text, str(output.finish_reason), logp)
 
 
 def load_config(model: str, trust_remote_code: bool = False) -> Any:

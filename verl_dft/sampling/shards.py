@@ -7,12 +7,12 @@ redone whole. An interrupted run therefore ends with the samples it would have h
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
 from verl_dft.errors import InputError
-from verl_dft.sampling.engine import SampleRequest
+from verl_dft.sampling.engine import GeneratedText, SampleRequest
 from verl_dft.sampling.source import TextSource
 from verl_dft.sampling.store import SampleStore, Shard, StoredSample, shard_id
 
@@ -31,12 +31,16 @@ class Wanted:
     name: str = ""
 
 
+OnShard = Callable[[Sequence[Wanted], Sequence[StoredSample]], None]
+"""Told of a shard: what was wanted, and the sample of each, in order."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The samples in the order they were wanted, and how they came about.
 
-    ``seconds`` is what generating them took, in this run or an earlier one; ``facts`` are those of each distinct
-    source that had a part.
+    ``seconds`` is what generating them took, in this run or an earlier one, summed over the replicas where several
+    worked at a time; ``facts`` are those of each distinct source that had a part.
     """
 
     samples: list[StoredSample]
@@ -54,8 +58,13 @@ def sample_all(
     shard_size: int,
     deterministic: bool = True,
     on_progress: Callable[[int], None] | None = None,
+    on_shard: OnShard | None = None,
+    num_parallel: int = 1,
 ) -> Sampled:
     """Every wanted sample, from the store where it is there.
+
+    A source that has ``generate_shards`` (:class:`verl_dft.sampling.source.ShardSource`) gets all missing shards at
+    once and may finish them in any order; any other gets one after the other.
 
     Args:
         open_source: called once, and only if something is missing; None: nothing may be generated.
@@ -63,22 +72,30 @@ def sample_all(
         deterministic: a sample is reused as a member of its shard only. If false, any stored sample of the same key is,
             and larger calls are made: faster on a GPU, but bytes then depend on where earlier runs were interrupted.
         on_progress: called with the number of samples just obtained.
+        on_shard: called once per shard when its samples are in the store: first for those found there, then for each
+            new one as it is finished, so that grading can go on beside generation. Without ``deterministic``, the
+            samples found are one call. Runs in this thread: what takes long belongs into another.
+        num_parallel: shards that the source works on at a time; without ``deterministic`` calls are then kept small
+            enough for all to have work.
 
     Raises:
         InputError: samples are missing and ``open_source`` is None.
     """
     assert len({want.key for want in wanted}) == len(wanted), "two wanted samples have the same key"
-    tell = on_progress or (lambda count: None)
-    missing = list(_missing(store, wanted, shard_size, deterministic))
+    tell, tell_shard = on_progress or (lambda count: None), on_shard or (lambda wants, samples: None)
+    missing = _missing(store, wanted, shard_size, deterministic, num_parallel)
     num_missing = sum(map(len, missing))
     if missing and open_source is None:
         raise InputError(_missing_text(store, len(wanted), num_missing, missing[0][0]))
     tell(len(wanted) - num_missing)
+    for members, samples in _found(store, wanted, shard_size, deterministic):
+        tell_shard(members, samples)
     if missing:
         assert open_source is not None
-        with open_source() as source:
-            for members in missing:
-                _generate(store, source, members)
+        with open_source() as source, closing(_answers(source, missing)) as answers:
+            for number, texts, facts, seconds in answers:
+                members = missing[number]
+                tell_shard(members, store.append(_stored(members, texts), facts, seconds).samples)
                 tell(len(members))
     used = _used(store, wanted, shard_size, deterministic)
     by_key = {sample.key: sample for shard in reversed(used) for sample in shard.samples}
@@ -92,15 +109,28 @@ def sample_all(
 
 
 def _missing(
+    store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool, num_parallel: int
+) -> list[Sequence[Wanted]]:
+    if deterministic:
+        chunks = _chunks(wanted, shard_size)
+        return [members for members in chunks if store.shard(shard_id([want.key for want in members])) is None]
+    pending = [want for want in wanted if store.find(want.key) is None]
+    at_once = min(_SHARDS_AT_ONCE, -(-len(pending) // (shard_size * num_parallel)))
+    return _chunks(pending, shard_size * max(1, at_once))
+
+
+def _found(
     store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool
-) -> Iterator[Sequence[Wanted]]:
+) -> Iterator[tuple[Sequence[Wanted], Sequence[StoredSample]]]:
     if deterministic:
         for members in _chunks(wanted, shard_size):
-            if store.shard(shard_id([want.key for want in members])) is None:
-                yield members
-    else:
-        pending = [want for want in wanted if store.find(want.key) is None]
-        yield from _chunks(pending, shard_size * _SHARDS_AT_ONCE)
+            shard = store.shard(shard_id([want.key for want in members]))
+            if shard is not None:
+                yield members, shard.samples
+        return
+    both = [(want, sample) for want in wanted if (sample := store.find(want.key)) is not None]
+    if both:
+        yield [want for want, _ in both], [sample for _, sample in both]
 
 
 def _chunks(wanted: Sequence[Wanted], size: int) -> list[Sequence[Wanted]]:
@@ -115,15 +145,26 @@ def _used(store: SampleStore, wanted: Sequence[Wanted], shard_size: int, determi
     return [shard for shard in store.shards() if any(sample.key in keys for sample in shard.samples)]
 
 
-def _generate(store: SampleStore, source: TextSource, members: Sequence[Wanted]) -> None:
-    begun = time.monotonic()
-    texts = source.generate([want.request for want in members])
-    seconds = time.monotonic() - begun
+def _answers(
+    source: TextSource, shards: Sequence[Sequence[Wanted]]
+) -> Iterator[tuple[int, list[GeneratedText], dict[str, Any], float]]:
+    """(number of the shard, its texts, facts of what wrote them, seconds it took), as they are finished."""
+    requests = [[want.request for want in members] for members in shards]
+    together = getattr(source, "generate_shards", None)
+    if together is not None:
+        yield from together(requests)
+        return
+    for number, members in enumerate(requests):
+        begun = time.monotonic()
+        texts = source.generate(members)
+        yield number, texts, source.facts(), time.monotonic() - begun
+
+
+def _stored(members: Sequence[Wanted], texts: Sequence[GeneratedText]) -> list[StoredSample]:
     assert len(texts) == len(members), f"the source gave {len(texts)} texts for {len(members)} requests"
-    samples = [
+    return [
         StoredSample(want.key, want.index, want.request.seed, text) for want, text in zip(members, texts, strict=True)
     ]
-    store.append(samples, source.facts(), seconds)
 
 
 def _missing_text(store: SampleStore, num_wanted: int, num_missing: int, first: Wanted) -> str:

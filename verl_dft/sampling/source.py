@@ -1,6 +1,6 @@
 """Where texts come from: the interface that the vLLM engine has, and a source without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from verl_dft.sampling.choose import uniforms
@@ -16,6 +16,19 @@ class TextSource(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What a result should say about where its texts came from. JSON values."""
+        ...
+
+
+class ShardSource(TextSource, Protocol):
+    """A source that works on several shards at a time, such as ``verl_dft.sampling.replicas.ReplicaEngines``."""
+
+    def generate_shards(
+        self, shards: Iterable[Sequence[SampleRequest]]
+    ) -> Iterator[tuple[int, list[GeneratedText], dict[str, Any], float]]:
+        """(number of the shard, its texts in order, facts of what wrote them, seconds it took), in any order.
+
+        Every shard once; a shard's texts are what ``generate`` would give for it.
+        """
         ...
 
 

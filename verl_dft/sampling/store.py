@@ -73,6 +73,10 @@ def sample_key(writer: str, request: SampleRequest, index: int) -> str:
     """
     sampling = [float(request.temperature), float(request.top_p), request.top_k, request.max_tokens]
     value = [writer, list(request.prompt_ids), sampling, sorted(request.stop_token_ids), request.seed, index]
+    if request.want_logp:  # not part of older keys
+        value.append("logp")
+    if not request.prompt_ids:  # an endpoint makes the ids from the turns
+        value.append([dict(message) for message in request.messages or ()])
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
@@ -226,13 +230,14 @@ def _lines(shard: Shard) -> Iterator[bytes]:
 
 
 def _record(sample: StoredSample) -> dict[str, Any]:
-    return {"key": sample.key, "index": sample.index, "seed": sample.seed, **asdict(sample.text)} | {
-        "num_tokens": sample.text.num_tokens
-    }
+    text = asdict(sample.text)
+    if text["logp"] is None:
+        del text["logp"]
+    return {"key": sample.key, "index": sample.index, "seed": sample.seed, **text, "num_tokens": sample.text.num_tokens}
 
 
 def _sample(record: Mapping[str, Any]) -> StoredSample:
-    text = GeneratedText(list(record["token_ids"]), record["text"], record["finish_reason"])
+    text = GeneratedText(list(record["token_ids"]), record["text"], record["finish_reason"], record.get("logp"))
     return StoredSample(record["key"], record["index"], record["seed"], text)
 
 

@@ -1,0 +1,97 @@
+"""The sample: what a model answered to a problem, with its verdict. One row of ``samples.parquet``.
+
+``verl-dft sample`` and ``verl-dft evaluate`` write the same file; the builders read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from verl_dft.errors import InputError
+from verl_dft.grading.pool import VERDICTS
+
+_NEEDED = ("problem_id", "index", "response", "finish_reason", "grade")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A graded response.
+
+    ``index`` counts the samples of one problem and prompt; ``token_ids`` (the end token included where there is one)
+    and ``logp`` (nats, one per token, of the model at temperature 1) are None where the source does not tell;
+    ``grade`` is the grader's verdict, ``qwen`` the lenient one, ``answer`` what was extracted, ``rule`` what decided.
+    """
+
+    problem_id: str
+    index: int
+    response: str
+    finish_reason: str
+    grade: str
+    problem: str = ""
+    gold: str = ""
+    seed: int = 0
+    model: str = ""
+    prompt_name: str = ""
+    token_ids: list[int] | None = None
+    num_tokens: int = 0
+    logp: list[float] | None = None
+    qwen: str = ""
+    answer: str | None = None
+    rule: str = ""
+    detail: str = ""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the strict verdict is ``correct``."""
+        return self.grade == "correct"
+
+
+def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Samples as parquet, atomically; ``logp`` is left out where no sample has it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from verl_dft.files import atomic_write
+
+    rows = [asdict(sample) for sample in samples]
+    if all(row["logp"] is None for row in rows):
+        for row in rows:
+            del row["logp"]
+    with atomic_write(path, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:
+    """Samples of one or several files (or of folders that hold ``samples.parquet``), one after the other.
+
+    Raises:
+        InputError: missing file or column, unknown verdict, or the same problem, prompt and index twice.
+    """
+    from verl_dft.data import tables
+
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    known = {field.name for field in fields(Sample)}
+    samples: list[Sample] = []
+    seen: dict[tuple[Any, ...], str] = {}
+    for path in map(_file, paths):
+        records = tables.read_records(path)
+        tables.need_columns(path, records, _NEEDED)
+        for row, record in enumerate(records):
+            where = f"{path}: row {row}"
+            if record["grade"] not in VERDICTS:
+                raise InputError(f"{where}: grade is {record['grade']!r}; use one of {', '.join(VERDICTS)}")
+            sample = Sample(**{key: value for key, value in record.items() if key in known})
+            key = (sample.problem_id, sample.model, sample.prompt_name, sample.index)
+            if key in seen:
+                raise InputError(f"{where}: sample {sample.index} of problem {sample.problem_id} is also {seen[key]}")
+            seen[key] = where
+            samples.append(sample)
+    return samples
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path / "samples.parquet" if path.is_dir() else path
