@@ -27,12 +27,13 @@ def problems_of(data: Mapping[str, Any], limit: int | None = None) -> list[Probl
     from verl_dft.data.sources import load_problem_set
 
     files = _listed(data.get("train_files"))
-    if not files and not data.get("source"):
+    source = data.get("source") or {}
+    if not files and (not source or (source["name"] == "files" and not source.get("path"))):
         raise InputError("no problems: set data=NAME (see verl-dft data list) or data=FILE")
     if files:
-        problems = [problem for file in files for problem in _of_file(file, data.get("source") or {})]
+        problems = [problem for file in files for problem in _of_file(file, source)]
     else:
-        problems = load_problem_set(data["source"]).train
+        problems = load_problem_set(source).train
     _check_unique(problems)
     return problems[:limit]
 

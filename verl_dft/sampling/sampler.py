@@ -64,7 +64,7 @@ class Sampler:
         may_generate: bool = True,
     ) -> None:
         self.model, self.config = model, _DEFAULTS | {"engine": {}, "grading": {}} | dict(config)
-        self._served = getattr(source, "served", False)  # an endpoint: its model's files are elsewhere
+        self._served = hasattr(source, "writer")  # an endpoint: its model's files and template are elsewhere
         if not self._served:
             trust = self.config["engine"].get("trust_remote_code", False)
             hf_config = load_config(model, trust)
@@ -72,7 +72,7 @@ class Sampler:
             engine = {key: value for key, value in self.config["engine"].items() if key not in _NOT_OF_THE_TEXT}
             self._writer = json.dumps([model_fingerprint(model, hf_config), engine], sort_keys=True, default=str)
         else:
-            self.context, self._writer = sys.maxsize, json.dumps(source.facts(), sort_keys=True)
+            self.context, self._writer = sys.maxsize, source.writer
         self._open = _opener(model, self.config, source)
         self._encoder: Any = None
         self._may_generate = may_generate
