@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from verl_dft.training.tracking import read_metrics
+from verl_dft.training.metrics import read_metrics
 
 
 def speed(model: str, rows: str, packed: bool, steps: int, folder: Path, overrides: list[str]) -> float:

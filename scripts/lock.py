@@ -46,14 +46,16 @@ ADDED = {
 
 ENVIRONMENT = "sys_platform == 'linux' and platform_machine == 'x86_64' and implementation_name == 'cpython'"
 GPU_PYTHON = "3.12"
+CPU_EXTRAS = ("cpu", "dpo", "dev")
+GPU_EXTRAS = ("gpu", "dpo")
 
 CPU_HEADER = """\
-# Every package of the extras `cpu` and `dev` with its exact version: Linux, x86_64, Python 3.10 to 3.12.
+# Every package of the extras `cpu`, `dpo` and `dev` with its exact version: Linux, x86_64, Python 3.10 to 3.12.
 # Made by `make lock`; do not edit. Installed with `pip install --no-deps -r requirements/cpu.lock` after torch, as
 # `make` does it (scripts/setup_env.py). Left out on purpose:
 """
 GPU_HEADER = """\
-# Every package of the extra `gpu` with its exact version: Linux, x86_64, Python 3.12.
+# Every package of the extras `gpu` and `dpo` with its exact version: Linux, x86_64, Python 3.12.
 # Made by `make lock`; do not edit. Resolved, but NOT RUN: the machines this project is tested on have no GPU.
 # flash-attn is compiled against torch, which must be there first, with a CUDA toolkit:
 #   pip install torch==2.11.0 setuptools packaging psutil ninja
@@ -111,7 +113,7 @@ def lock_cpu(uv: str, scratch: Path, extra_arguments: list[str]) -> None:
     overrides, added = scratch / "overrides.txt", scratch / "added.in"
     overrides.write_text("".join(f"{name} ; python_version < '0'\n" for name in EXCLUDED))
     added.write_text("".join(f"{requirement}\n" for needed in ADDED.values() for requirement in needed))
-    arguments = [str(added), "--extra", "cpu", "--extra", "dev", "--override", str(overrides)]
+    arguments = [str(added), *(f"--extra={extra}" for extra in CPU_EXTRAS), "--override", str(overrides)]
     arguments += ["--universal", "--python-version", "3.10", *extra_arguments]
     reasons = "".join(f"#   {name}: {reason}\n" for name, reason in EXCLUDED.items())
     write("cpu", CPU_HEADER + reasons, compile_lock(uv, scratch, "cpu", *arguments))
@@ -119,7 +121,8 @@ def lock_cpu(uv: str, scratch: Path, extra_arguments: list[str]) -> None:
 
 def lock_gpu(uv: str, scratch: Path, extra_arguments: list[str]) -> None:
     """The GPU lock: torch and its CUDA libraries included, for one Python."""
-    arguments = ["--extra", "gpu", "--python-version", GPU_PYTHON, "--python-platform", "x86_64-manylinux_2_28"]
+    arguments = [*(f"--extra={extra}" for extra in GPU_EXTRAS), "--python-version", GPU_PYTHON]
+    arguments += ["--python-platform", "x86_64-manylinux_2_28"]
     write("gpu", GPU_HEADER, compile_lock(uv, scratch, "gpu", *arguments, *extra_arguments))
 
 

@@ -66,7 +66,7 @@ def check_machine() -> None:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise SetupError(
             f"requirements/cpu.lock is for Linux on x86_64, this is {sys.platform} on {platform.machine()}; "
-            f"try: {sys.executable} -m venv .venv && .venv/bin/pip install -e '.[cpu,dev]'"
+            f"try: {sys.executable} -m venv .venv && .venv/bin/pip install -e '.[cpu,dpo,dev]'"
         )
 
 

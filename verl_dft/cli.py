@@ -24,6 +24,50 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft data check benchmark=dft data_dir=FOLDER train=FILE",
         ),
     ),
+    "sample": (
+        "verl_dft.sampling.command",
+        "sample graded responses to problems with vLLM, for the builders",
+        (
+            "verl-dft sample model=FOLDER data=gsm8k n=4 output_dir=runs/samples",
+            "verl-dft sample model=FOLDER data=problems.jsonl n=8 num_replicas=4 output_dir=runs/samples",
+            "verl-dft sample model=FOLDER data=arithmetic limit=100 output_dir=runs/samples --dry-run",
+        ),
+    ),
+    "reject": (
+        "verl_dft.build.reject_command",
+        "make RFT rows and DPO pairs of graded samples",
+        (
+            "verl-dft reject samples=runs/samples output_dir=runs/rft",
+            "verl-dft reject samples=runs/samples output_dir=runs/rft max_per_problem=4 pairs_per_problem=2",
+        ),
+    ),
+    "rewrite": (
+        "verl_dft.build.rewrite_command",
+        "make training rows by data rewriting: self-solved, retold, or the expert's",
+        (
+            "verl-dft rewrite model=FOLDER_OR_HUB_NAME data=gsm8k output_dir=runs/rewritten",
+            "verl-dft rewrite model=FOLDER data=problems.jsonl self.n=16 guided.n=4 output_dir=runs/rewritten",
+            "verl-dft rewrite … --dry-run",
+        ),
+    ),
+    "groups": (
+        "verl_dft.build.groups_command",
+        "make groups of expert, teacher and own responses with advantages, for objective=gft",
+        (
+            "verl-dft groups model=FOLDER data=problems.jsonl output_dir=runs/groups",
+            "verl-dft groups samples=runs/s data=runs/s/problems.jsonl composition=2:6 output_dir=runs/groups",
+            "verl-dft groups model=FOLDER data=gsm8k teacher.model=TEACHER output_dir=runs/groups",
+        ),
+    ),
+    "score": (
+        "verl_dft.training.score_command",
+        "log-probs of given rows under a model, as training computes them",
+        (
+            "verl-dft score model=FOLDER data=rows.parquet output_dir=runs/scored",
+            "verl-dft score model=FOLDER data=rewritten.parquet expert=expert.parquet output_dir=runs/by_stage",
+            "verl-dft score model=A reference.path=B kl=true data=rows.parquet output_dir=runs/kl",
+        ),
+    ),
     "train": (
         "verl_dft.training.launch",
         "train a model with an objective on verl's SFT trainer",
@@ -34,15 +78,7 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft train launcher=ray objective=sft data=gsm8k model=… trainer.nnodes=2",
             "verl-dft train objective._target_=my_pkg.MyObjective data=gsm8k model=…",
             "verl-dft train --config-name laptop/gsm8k_dft model=SMOLLM2_FOLDER",
-        ),
-    ),
-    "sample": (
-        "verl_dft.sampling.command",
-        "sample graded responses to problems with vLLM, for the builders",
-        (
-            "verl-dft sample model=FOLDER data=gsm8k n=4 output_dir=runs/samples",
-            "verl-dft sample model=FOLDER data=problems.jsonl n=8 num_replicas=4 output_dir=runs/samples",
-            "verl-dft sample model=FOLDER data=arithmetic limit=100 output_dir=runs/samples --dry-run",
+            "verl-dft train objective=dpo data=runs/rft/pairs.parquet model=FOLDER output_dir=runs/dpo",
         ),
     ),
     "evaluate": (
@@ -81,7 +117,7 @@ def usage(verb: str | None = None) -> str:
     module, line, examples = _VERBS[verb]
     text = [f"verl-dft {verb}: {line}", "", "examples:", *(f"  {example}" for example in examples)]
     groups = {"train": ("objective", "data", "model", "hardware"), "data": ("data",), "evaluate": ("benchmark",)}
-    groups |= {"sample": ("data", "model")}
+    groups |= dict.fromkeys(("sample", "rewrite", "groups"), ("data", "model")) | {"score": ("model", "hardware")}
     if verb in groups:
         from verl_dft.config import group_options
 
@@ -92,6 +128,14 @@ def usage(verb: str | None = None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0 done, 1 failed run, 2 bad input."""
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # whoever read the output has gone (`| head`); Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

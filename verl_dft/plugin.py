@@ -24,6 +24,7 @@ def _load() -> None:
     # importing these modules of verl takes seconds, and most processes never do
     when_imported("verl.workers.config.actor", _widen_config)
     when_imported("verl.trainer.ppo.core_algos", _register_policy_losses)
+    when_imported("verl.models.transformers.monkey_patch", _load_trl_only_where_used)
 
 
 def _widen_config(module: ModuleType) -> None:
@@ -36,6 +37,11 @@ def _register_policy_losses(module: ModuleType) -> None:
     from verl_dft.training.policy_loss import register_policy_losses
 
     STATUS["policy_losses"] = " ".join(register_policy_losses(module))
+
+
+def _load_trl_only_where_used(module: ModuleType) -> None:
+    """verl imports TRL for every model, to change TRL's value-head class; a model of that class has imported it."""
+    module.is_trl_available = lambda: "trl" in sys.modules  # type: ignore[attr-defined]
 
 
 try:

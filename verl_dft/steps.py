@@ -5,13 +5,11 @@ still holds is not run again. Killed in the middle, a step is run again by the s
 it may find work it can continue; after a change of configuration its folder is emptied first.
 """
 
-import ctypes
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, versions, write_json
+from verl_dft.processes import tied
 
 _POLL_S = 0.2
 _HEARTBEAT_S = 15.0
@@ -145,12 +144,11 @@ class StepRunner:
             log.write(f"$ {shlex.join(step.command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                step.command,
+                tied(step.command),  # a killed run leaves nobody in its folders
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.env},
-                preexec_fn=_die_with_parent,
             )
         self.running[step.name] = (step, process, time.monotonic())
         self._say(f"{step.name:<14} {'continued' if continues else 'started'}, log: {self.log(step)}")
@@ -246,13 +244,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    """In the child, before its command: be killed with the parent: a killed run leaves nobody in its folders."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -77,6 +77,7 @@ CASES = {
     ),
     "validation without rows": (lambda p: rows(p / "r.jsonl"), ["trainer.test_freq=1"], ["test_freq=1", "val_files"]),
     "no model": (lambda p: rows(p / "r.jsonl"), ["model=./nowhere"], ["model.path=./nowhere"]),
+    "model not given": (lambda p: rows(p / "r.jsonl"), ["model.path=null"], ["model.path is not set; give"]),
     "not json": (lambda p: (p / "r.jsonl").write_text("{") and p / "r.jsonl", [], ["r.jsonl"]),
 }
 

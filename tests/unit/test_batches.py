@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from verl_dft.training.batches import PaddedRows, StepBatchSampler, ValidationLoader
+from verl_dft.errors import InputError
+from verl_dft.training.batches import PaddedRows, StepBatchSampler, ValidationLoader, group_members
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=43)
 
@@ -120,3 +121,63 @@ def test_mini_batches_hold_the_same_rows_on_any_number_of_ranks(balance: bool) -
     assert minis(1) == minis(2) == minis(4)
     permutation = np.random.default_rng([1, 0]).permutation(len(LENGTHS))[16:32]
     assert minis(1) == [sorted(part.tolist()) for part in permutation.reshape(4, 4)], "not sorted by length over minis"
+
+
+# ---- groups ----
+
+GROUPS = np.random.default_rng(1).permutation(np.repeat(np.arange(12), 4))[:-3]
+"""12 groups of 4 rows, mixed up; up to three have lost a row or more."""
+WHOLE = [group for group in range(12) if (GROUPS == group).sum() == 4]
+
+
+def test_whole_groups_are_found_wherever_their_rows_lie() -> None:
+    members = group_members(GROUPS, 8)
+    assert members.shape == (len(WHOLE), 4) and 9 <= len(WHOLE) < 12
+    assert [set(GROUPS[rows]) for rows in members] == [{GROUPS[rows[0]]} for rows in members]
+    assert {int(GROUPS[rows[0]]) for rows in members} == set(WHOLE)
+    assert (np.diff(members, axis=1) > 0).all() and (np.diff(members[:, 0]) > 0).all()
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize(("dp_size", "updates"), [(1, 1), (2, 1), (2, 2), (4, 2), (1, 2)])
+def test_a_group_is_in_one_mini_batch_on_any_number_of_ranks(dp_size: int, updates: int, balance: bool) -> None:
+    lengths = LENGTHS[np.arange(len(GROUPS)) % len(LENGTHS)]
+
+    def mini_batches(dp_size: int, epoch: int) -> list[list[int]]:
+        options = {"seed": 3, "balance": balance, "updates": updates, "members": group_members(GROUPS, 16 // updates)}
+        ranks = [StepBatchSampler(lengths, 16, dp_size=dp_size, dp_rank=rank, **options) for rank in range(dp_size)]
+        size, found = 16 // dp_size // updates, []
+        for step in range(len(ranks[0])):
+            shares = [rank.rows(epoch, step) for rank in ranks]
+            found += [
+                sorted(row for share in shares for row in share[i * size : (i + 1) * size]) for i in range(updates)
+            ]
+        return found
+
+    for epoch in range(2):
+        batches = mini_batches(dp_size, epoch)
+        assert len(batches) == len(WHOLE) * 4 // 16 * updates
+        for batch in batches:
+            counts = np.bincount(GROUPS[batch], minlength=12)
+            assert set(counts.tolist()) <= {0, 4} and counts.sum() == 16 // updates
+        assert batches == mini_batches(1, epoch)
+    assert mini_batches(1, 0) != mini_batches(1, 1)
+
+
+def test_without_groups_the_order_is_what_it_was() -> None:
+    """A run that was begun before groups could be kept together goes on with the same batches."""
+    one = StepBatchSampler(LENGTHS, 8, dp_size=1, dp_rank=0, seed=1, balance=False)
+    assert one.rows(2, 1) == np.random.default_rng([1, 2]).permutation(len(LENGTHS))[8:16].tolist()
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "message"),
+    [
+        (np.repeat(np.arange(3), 8), 4, "a group has 8 rows and an update 4"),
+        (np.repeat(np.arange(3), 8), 12, "no multiple of the group size 8; use 8"),
+        (np.array([0, 0, -1, 1, 1]), 2, "1 of 5 rows have no group_id"),
+    ],
+)
+def test_groups_that_do_not_fit_a_batch_are_refused(groups: np.ndarray, size: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        group_members(groups, size)

@@ -353,3 +353,12 @@ def test_reference_log_probs_of_some_rows_only_are_refused(load: Any, tmp_path: 
         has_column(files, "ref_logp", -1, None)
     assert has_column(files, "ref_logp", -1, ["self"]) and has_column(files, "ref_logp", 1, None)
     assert not has_column(files, "ref_logp", -1, ["expert"])
+
+
+def test_groups_are_numbered_also_where_rows_between_them_are_dropped(load: Any, tmp_path: Path) -> None:
+    rows = [text_row(group_id="b"), text_row(answer=ANSWER * 40, group_id="a"), text_row(group_id="a"), text_row()]
+    dataset = load([*rows, text_row(group_id="b")], max_length=100)
+    codes = dataset.groups.tolist()
+    assert len(codes) == 4 and codes[0] == codes[3] >= 0 and codes[1] not in (codes[0], -1) and codes[2] == -1
+    assert pickle.loads(pickle.dumps(dataset)).groups.tolist() == codes
+    assert load([text_row()], name="none.parquet").groups.tolist() == [-1]

@@ -164,7 +164,8 @@ def keys() -> set[str]:
             found.add(f"{prefix}{key}")
             collect(value, f"{prefix}{key}.")
 
-    collect(OmegaConf.to_container(compose("sft", [])))
+    for name in ("sft", "dpo", "sampler"):
+        collect(OmegaConf.to_container(compose(name, [])))
     for group in ("data", "objective"):
         for file in (configs_dir() / group).glob("*.yaml"):
             collect(OmegaConf.to_container(OmegaConf.load(file)), f"{group}.")

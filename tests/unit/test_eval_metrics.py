@@ -114,6 +114,39 @@ def test_pass_at_k_agrees_with_the_published_product() -> None:
         assert pass_at_every_k(counts, n)[k] == pytest.approx(published, abs=1e-12)
 
 
+# (n, k, pass@k) that estimate_pass_at_k of github.com/openai/human-eval (commit 6d43fb98) gives for these counts
+PUBLISHED = [
+    (1, 1, 0.0),
+    (4, 2, 0.3333333333333333),
+    (16, 1, 0.296875),
+    (16, 8, 0.46923076923076923),
+    (16, 16, 0.875),
+    (64, 10, 0.7424830907389594),
+    (200, 100, 0.7345141745059771),
+    (1000, 25, 0.5689722510605946),
+]
+
+
+def test_pass_at_k_agrees_with_what_the_published_implementation_gives() -> None:
+    generator = random.Random(6)
+    for n, k, published in PUBLISHED:
+        counts = [int(n * generator.random() ** 2.5) for _ in range(8)]
+        assert pass_at_k(counts, n, k) == pytest.approx(published, abs=1e-14)
+        assert pass_at_every_k(counts, n)[k] == pytest.approx(published, abs=1e-14)
+
+
+def test_pass_at_k_agrees_with_counting_every_choice() -> None:
+    """On random data, without a formula: of all C(n, k) choices of k samples, those with a correct one."""
+    generator = random.Random(7)
+    for _ in range(40):
+        n = generator.randint(1, 9)
+        problems = [[generator.random() < 0.4 for _ in range(n)] for _ in range(generator.randint(1, 6))]
+        found = pass_at_every_k([sum(problem) for problem in problems], n)
+        for k in range(1, n + 1):
+            shares = [fmean(any(choice) for choice in itertools.combinations(problem, k)) for problem in problems]
+            assert found[k] == pytest.approx(fmean(shares), abs=1e-12)
+
+
 def test_pass_at_every_k_has_every_k_and_never_falls() -> None:
     found = pass_at_every_k([1, 0, 3, 7], 8)
     assert list(found) == list(range(1, 9))

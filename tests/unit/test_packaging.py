@@ -109,7 +109,7 @@ def test_cpu_lock_is_what_is_installed(cpu_lock):
 def test_cpu_lock_satisfies_everything_declared(project, cpu_lock, lock_script):
     excluded = set(lock_script.EXCLUDED)
     problems = []
-    for owner, requirement in closure(declared(project, "cpu", "dev"), excluded):
+    for owner, requirement in closure(declared(project, *lock_script.CPU_EXTRAS), excluded):
         name = canonicalize_name(requirement.name)
         if name in excluded:
             continue
@@ -122,7 +122,7 @@ def test_cpu_lock_satisfies_everything_declared(project, cpu_lock, lock_script):
 def test_cpu_lock_has_nothing_in_vain(project, cpu_lock, lock_script):
     reached = {
         canonicalize_name(requirement.name)
-        for _, requirement in closure(declared(project, "cpu", "dev"), set(lock_script.EXCLUDED))
+        for _, requirement in closure(declared(project, *lock_script.CPU_EXTRAS), set(lock_script.EXCLUDED))
     }
     assert sorted(set(cpu_lock) - reached) == []
     assert sorted(set(lock_script.EXCLUDED) - reached) == [], "an exclusion that nothing declares any more"
@@ -148,7 +148,7 @@ def test_every_imported_package_is_declared(repo_root, project):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             imported.update({name.split(".")[0]: path.name for name in names})
-    in_extras = {"vllm": "cpu, gpu", "flash_attn": "gpu", "trl": "dpo"}
+    in_extras = {"vllm": "cpu, gpu", "openai": "cpu, gpu: of vLLM", "flash_attn": "gpu", "trl": "dpo"}
     known = {canonicalize_name(r.name) for r in declared(project)}
     distributions = importlib.metadata.packages_distributions()
     undeclared = {}
@@ -160,7 +160,7 @@ def test_every_imported_package_is_declared(repo_root, project):
     assert not undeclared, f"add to [project] dependencies: {undeclared}"
 
 
-def test_gpu_lock_has_verls_own_pins(repo_root, project):
+def test_gpu_lock_has_verls_own_pins(repo_root, project, lock_script):
     path = repo_root / "requirements" / "gpu.lock"
     assert "NOT RUN" in path.read_text().partition("\n\n")[0]
     locked = read_lock(path)
@@ -169,7 +169,7 @@ def test_gpu_lock_has_verls_own_pins(repo_root, project):
     pins = {r.name: r.specifier for r in verl if r.marker and any(r.marker.evaluate({"extra": e}) for e in extras)}
     for name in ("torch", "vllm", "flash-attn", "transformers"):
         assert pins[name].contains(locked[name]), f"verl's extras pin {name}{pins[name]}, locked: {locked[name]}"
-    for requirement in declared(project, "gpu"):
+    for requirement in declared(project, *lock_script.GPU_EXTRAS):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), str(requirement)
 
 

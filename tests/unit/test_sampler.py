@@ -168,7 +168,8 @@ def test_a_plan_counts_without_touching_anything(tmp_path: Path, finished: Path,
     assert found["samples"] == 15 and found["stored"] == 0 and found["max_response_tokens"] == 15 * 60
     assert not (tmp_path / "new").exists()
     assert plan(_config(finished))["stored"] == 15
-    assert plan(_config(finished, "n=4"))["stored"] == 15
+    assert plan(_config(finished, "n=4"))["stored"] == 0  # other shards
+    assert plan(_config(finished, "n=4", "deterministic=false"))["stored"] == 15
     assert format_plan(found).startswith("dry run: 15 samples (0 stored already), ")
     argv = [f"model={BASE}", "data=arithmetic", "limit=2", f"output_dir={tmp_path / 'x'}", "max_tokens=50", "--dry-run"]
     assert main(argv) == 0 and "8 samples (0 stored already)" in capsys.readouterr().out

@@ -6,6 +6,7 @@ The last tests open it in headless Chromium where one is installed.
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,8 +33,20 @@ EVIL = (
     "\u2028 line \u2029 paragraph \x00 nul \u202e reversed \ud7ff \U0001f600",
     "javascript:document.title='owned'",
 )
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def find_browser() -> str | None:
+    """Chromium on PATH, or the one that Playwright keeps in its cache."""
+    cache = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", "~/.cache/ms-playwright")).expanduser()
+    cached = [str(path) for name in ("chrome", "headless_shell") for path in sorted(cache.glob(f"chromium*/*/{name}"))]
+    return next(filter(None, [*map(shutil.which, _NAMES), *cached]), None)
+
+
+BROWSER = find_browser()
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason=f"no browser: none of {', '.join(_NAMES)} is on PATH and Playwright's cache has none"
+)
 
 
 def sample(problem: str, index: int, grade: str, qwen: str, finish: str = "stop", text: str = "text") -> dict:
@@ -233,14 +247,75 @@ def test_find_and_pages_in_a_browser(tmp_path: Path) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", found) == ["p44"]
 
 
+def driven(page: Path, script: str, policy: bool = False) -> str:
+    """The address of a copy of the page that ends with a script of the test's, which its policy would not run."""
+    text = page.read_text(encoding="utf-8")
+    if not policy:
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    copy = page.with_name("driven.html")
+    copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    return copy.as_uri()
+
+
 @needs_browser
-def test_screenshot(tmp_path: Path) -> None:
+def test_a_script_that_got_into_the_page_would_not_run(tmp_path: Path) -> None:
+    """The second line of defence, and what shows that the browser here does run scripts that are allowed."""
     page = write_samples_page(small(tmp_path))
-    picture = tmp_path / "page.png"
-    browser(tmp_path, f"--screenshot={picture}", f"{page.as_uri()}#filter=wrong&open=1")
+    script = "document.title = 'owned'"
+    assert "<title>owned</title>" in browser(tmp_path, "--dump-dom", driven(page, script))
+    assert "<title>m on b</title>" in browser(tmp_path, "--dump-dom", driven(page, script, policy=True))
+
+
+@needs_browser
+def test_the_controls_in_a_browser(tmp_path: Path) -> None:
+    """Choose a filter, type, turn pages, open: what a person does, one after the other, with what is then shown."""
+    rows = [sample(f"p{i}", j, "wrong" if i % 2 else "correct", "wrong") for i in range(45) for j in range(2)]
+    script = """
+    const seen = [];
+    const act = (id, event, value) => {
+      if (value !== undefined) byId(id).value = value;
+      byId(id).dispatchEvent(new Event(event));
+      seen.push([byId("shown").textContent, document.querySelectorAll("section").length, byId("next").disabled,
+                 document.querySelectorAll("details[open]").length, location.hash]);
+    };
+    act("filter", "change", "wrong"); act("next", "click"); act("next", "click"); act("previous", "click");
+    act("find", "input", "QUESTION p3"); act("open", "click"); act("open", "click");
+    act("filter", "change", "correct");
+    document.body.dataset.seen = JSON.stringify(seen);
+    """
+    page = write_samples_page(write(tmp_path, rows, 2))
+    found = browser(tmp_path, "--dump-dom", driven(page, script))
+    assert json.loads(unescape(re.search(r'data-seen="([^"]*)"', found)[1])) == [
+        ["44 samples of 22 problems · page 1 of 2", 20, False, 0, "#filter=wrong&find=&page=1"],
+        ["44 samples of 22 problems · page 2 of 2", 2, True, 0, "#filter=wrong&find=&page=2"],
+        ["44 samples of 22 problems · page 2 of 2", 2, True, 0, "#filter=wrong&find=&page=2"],
+        ["44 samples of 22 problems · page 1 of 2", 20, False, 0, "#filter=wrong&find=&page=1"],
+        ["12 samples of 6 problems · page 1 of 1", 6, True, 0, "#filter=wrong&find=QUESTION+p3&page=1"],
+        ["12 samples of 6 problems · page 1 of 1", 6, True, 12, "#filter=wrong&find=QUESTION+p3&page=1"],
+        ["12 samples of 6 problems · page 1 of 1", 6, True, 0, "#filter=wrong&find=QUESTION+p3&page=1"],
+        ["10 samples of 5 problems · page 1 of 1", 5, True, 0, "#filter=correct&find=QUESTION+p3&page=1"],
+    ]
+
+
+def screenshot(tmp_path: Path, address: str, width: int) -> np.ndarray:
+    """[height, width, 3] of 0 to 1."""
     from matplotlib import image
 
-    pixels = image.imread(picture)
-    assert pixels.shape[:2] == (1000, 1200)
-    red = (abs(pixels[..., :3] - [0.8, 0.2, 0.2]) < 0.02).all(-1)  # the edge of a wrong sample
+    picture = tmp_path / "page.png"
+    browser(tmp_path, f"--screenshot={picture}", f"--window-size={width},1000", address)
+    return image.imread(picture)[..., :3]
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 600])
+def test_screenshot(width: int, tmp_path: Path) -> None:
+    """The page is drawn: dark text on white, the coloured edges of samples, and in a narrow window nothing wider."""
+    page = write_samples_page(small(tmp_path))
+    pixels = screenshot(tmp_path, f"{page.as_uri()}#filter=wrong&open=1", width)
+    assert pixels.shape[:2] == (1000, width)
+    assert (pixels > 0.98).all(-1).mean() > 0.5 and (pixels < 0.3).all(-1).sum() > 1000
+    red = (abs(pixels - [0.8, 0.2, 0.2]) < 0.02).all(-1)  # the edge of a wrong sample
     assert red.sum() > 100
+    script = "document.body.dataset.over = document.documentElement.scrollWidth - window.innerWidth"
+    found = browser(tmp_path, "--dump-dom", f"--window-size={width},1000", driven(page, script) + "#open=1")
+    assert int(re.search(r'data-over="(-?\d+)"', found)[1]) <= 0

@@ -13,9 +13,10 @@ import pytest
 from verl_dft.errors import InputError
 from verl_dft.training import checkpoint
 from verl_dft.training.checkpoint import MarkedCheckpoints, OrchestrationMode, without_lock_files
+from verl_dft.training.metrics import MetricsFile, read_metrics
 from verl_dft.training.packing import faster_packed
 from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps, resume_point
-from verl_dft.training.tracking import MetricsFile, RunTracker, read_metrics
+from verl_dft.training.tracking import RunTracker
 
 
 def test_a_resumed_run_writes_its_lines_once(tmp_path: Path) -> None:

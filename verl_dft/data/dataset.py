@@ -33,6 +33,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
 
     Attributes:
         lengths: [num_rows] int64, tokens of prompt and response.
+        groups: [num_rows] int64, equal for rows of the same ``group_id``; -1 for rows without one.
         report: counts of what was read, kept, dropped, cut and appended (see :func:`load_dataset`).
     """
 
@@ -51,6 +52,7 @@ class RowDataset(Dataset[dict[str, torch.Tensor]]):
         self._values = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns}
         self._values |= {name: np.load(file, mmap_mode="r") for name, file in self.added.items()}
         self.lengths = np.diff(self._offsets)
+        self.groups = np.load(self.folder / "groups.npy")
 
     def add_column(self, name: str, file: str | Path) -> None:
         """Serve a per-token column from ``file`` (.npy, [total tokens] float32, as :meth:`flat` lays them out)."""
@@ -230,6 +232,9 @@ def _write(
     np.save(folder / "tokens.npy", np.concatenate([part for row in rows for part in (row.prompt, row.response)]))
     np.save(folder / "offsets.npy", offsets)
     np.save(folder / "prompt_lens.npy", prompt_lens)
+    kept_indices = np.array(kept, dtype=np.int64)
+    groups = table["group_id"].combine_chunks().dictionary_encode().indices.take(kept_indices)
+    np.save(folder / "groups.npy", groups.fill_null(-1).to_numpy().astype(np.int64))
     for name in columns:
         values = table[name].take(kept)
         if name in PER_TOKEN:

@@ -164,7 +164,7 @@ def parse_list(key: str, text: str) -> list[str]:
 
 
 def evaluate_all(configs: DictConfig | Sequence[DictConfig]) -> list[dict[str, Any]]:
-    """Evaluate every model of ``models`` on every benchmark, a result folder each.
+    """Evaluate every model of ``models`` on every benchmark, a result folder each, on one engine where that can be.
 
     With several models ``output_dir`` gets a folder for each, with several benchmarks one for each within it.
 
@@ -173,14 +173,26 @@ def evaluate_all(configs: DictConfig | Sequence[DictConfig]) -> list[dict[str, A
             benchmarks cannot be loaded.
     """
     from verl_dft.evaluation.benchmarks import load_benchmark
-    from verl_dft.evaluation.run import evaluate
+    from verl_dft.evaluation.run import evaluate, longest_sample
+    from verl_dft.sampling.shared import EngineHost
 
     configs = [configs] if isinstance(configs, DictConfig) else list(configs)
     each = single_evaluations(configs)
     if len(configs) > 1:
         for config in configs:  # a file missing from the last one should not be found out hours later
             load_benchmark(OmegaConf.to_container(config.benchmark, resolve=True), config.limit)
-    return [evaluate(one) for one in each]
+    if len(each) == 1:
+        return [evaluate(each[0])]
+    with EngineHost(max(map(longest_sample, each))) as host:
+        return [evaluate(one, _source(host, one)) for one in each]
+
+
+def _source(host: Any, config: DictConfig) -> Any:
+    """What opens the engine that an evaluation shares with others."""
+    engine: Any = OmegaConf.to_container(config.engine, resolve=True)
+    given = engine.pop("max_model_len")
+    options = {"seed": config.seed, **engine}
+    return lambda needed: host.open(config.models[0], options, given or needed, config.num_replicas)
 
 
 def single_evaluations(configs: Sequence[DictConfig]) -> list[DictConfig]:

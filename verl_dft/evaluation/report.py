@@ -52,6 +52,7 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
             f"{result['num_context_limited']} of {result['num_problems']} prompts leave less than "
             f"max_tokens={result['max_tokens']} of the context ({context} tokens)"
         )
+    found += result.get("asked_otherwise", [])
     for verdict in ("timeout", "error"):
         if count := result["verdicts"][verdict]:
             found.append(f"{count} samples could not be graded ({verdict}) and count as not correct")

@@ -53,10 +53,19 @@ def evaluate(config: Mapping[str, Any], source: TextSource | OpenSource | None =
         samples = sampler.sample(asks)
         limited = sampler.num_context_limited(asks)
     result = _result(config, model, benchmark, samples) | {"num_context_limited": limited}
+    result["asked_otherwise"] = _asked_otherwise(model, asks[0].messages)
     result |= {"engine": sampler.facts[-1], "num_reused": sampler.num_reused, "num_generated": sampler.num_generated}
     result["seconds"] = sampler.seconds | {"total": round(time.monotonic() - started, 2)}
     _write(folder, config, result, samples)
     return result
+
+
+def longest_sample(config: Mapping[str, Any]) -> int:
+    """Tokens of the longest prompt + response that :func:`evaluate` would ask for. Raises InputError as that does."""
+    config = _with_defaults(plain(config))
+    _check_options(config)
+    asks = wanted_samples(load_benchmark(config["benchmark"], config["limit"]), config | {"n": 1})
+    return Sampler(Path(config["output_dir"]) / STORE, _one_model(config), config).reserve(asks)
 
 
 def default_output_dir(model: str, benchmark: str) -> str:
@@ -84,6 +93,14 @@ def _check_options(config: Mapping[str, Any]) -> None:
     check_count(config)
     sampling_of(config)
     check_sampler(config)
+
+
+def _asked_otherwise(model: str, messages: Sequence[Mapping[str, str]]) -> list[str]:
+    """Ways in which the prompts are not like those that the model was trained on."""
+    from verl_dft.data.sources import load_tokenizer
+    from verl_dft.evaluation.trained_with import training_warnings
+
+    return training_warnings(model, load_tokenizer(model), [message["role"] for message in messages])
 
 
 def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:

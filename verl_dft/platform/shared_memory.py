@@ -1,7 +1,8 @@
 """Clearing up /dev/shm after a run whose processes were killed.
 
 verl ends its vLLM servers by letting Ray kill them, and vLLM's message queues (about 400 MB of address space, sparse)
-and semaphores stay behind under names that Python's ``multiprocessing`` chose.
+and semaphores stay behind under names that Python's ``multiprocessing`` chose. The memory through which a CPU engine's
+tensor-parallel processes exchange tensors (``vllm_dist_``) stays behind too when vLLM itself ends them.
 """
 
 import os
@@ -9,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
-_PREFIXES = ("psm_", "sem.mp-")
+_PREFIXES = ("psm_", "sem.mp-", "vllm_dist_")
 
 
 def shared_memory_files() -> set[str]:
-    """Names of multiprocessing's shared blocks and semaphores in /dev/shm; empty where there is no such folder."""
+    """Names of multiprocessing's and vLLM's shared blocks and semaphores in /dev/shm; empty without that folder."""
     return {name for name in os.listdir(_FOLDER) if name.startswith(_PREFIXES)} if _FOLDER.is_dir() else set()
 
 

@@ -33,6 +33,7 @@ _COLUMNS = (
     "response",
     "gold",
 )
+_SETTINGS = ("n", "temperature", "top_p", "top_k", "max_tokens", "prompt", "seed", "limit")
 _STYLE = """
 .bar{position:sticky;top:0;background:#fff;padding:.6rem 0;border-bottom:1px solid #ddd;display:flex;gap:.8rem;
 flex-wrap:wrap;align-items:center} .quiet{color:#666;margin:.2rem 0} .question{background:#eef3fa}
@@ -130,7 +131,12 @@ def _parts(
     interval = result["avg_ci95"]
     score = f"{100 * result['avg']:.1f}%"
     score += f" (95% interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
-    yield html.paragraph(f"avg@{result['n']} {score}, {result['num_problems']} problems, {len(rows)} samples.")
+    shares = f"{100 * result['truncated_frac']:.1f}% cut off, {100 * result['no_answer_frac']:.1f}% without an answer"
+    yield html.paragraph(
+        f"avg@{result['n']} {score}: {result['num_problems']} problems, {len(rows)} samples; {shares}."
+    )
+    settings = ", ".join(f"{key}={result[key]}" for key in _SETTINGS if result.get(key) is not None)
+    yield html.paragraph(settings, kind="quiet")
     if cut:
         yield html.paragraph(f"{cut} long responses are shown by beginning and end; samples.parquet has all of them.")
     yield _bar(rows, data["has_qwen"])

@@ -11,8 +11,9 @@ from verl_dft.report.tables import Table
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left} th{border-bottom:2px solid #888}
+td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}
+th{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom}
 pre{background:#f6f6f6;padding:.6rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}
 img{max-width:100%} dt{font-weight:600;margin-top:.5rem} dd{margin:0 0 0 1rem;overflow-wrap:anywhere}
 .correct{border-left:4px solid #2a2} .wrong{border-left:4px solid #c33} .other{border-left:4px solid #999}
@@ -33,9 +34,9 @@ def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
-def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text; ``kind`` is a class of the page's style."""
+    return f'<p class="{escape(kind, quote=True)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def preformatted(text: str, kind: str = "") -> str:

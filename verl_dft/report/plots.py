@@ -1,12 +1,14 @@
-"""Training curves from ``metrics.jsonl`` files. matplotlib is imported when a plot is drawn."""
+"""Training curves and accuracy by step from ``metrics.jsonl`` files. matplotlib is imported when a plot is drawn."""
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write
+from verl_dft.training.metrics import read_metrics
 
 CURVES = (
     ("train/loss", "loss (nats per token, weighted)"),
@@ -15,25 +17,7 @@ CURVES = (
 )
 """Metric and title of each panel; ``nll`` and ``token_weight`` mean the same for every objective."""
 
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Lines of a ``metrics.jsonl``, each with ``step``.
-
-    Raises:
-        InputError: no such file, or a line that is no JSON object (the last one may be half written).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; it is the metrics.jsonl of a training's output_dir")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}: line {number} is not JSON; train again, or delete that line") from None
-    return rows
+_ACCURACY = re.compile(r"eval/(.+)/avg$")
 
 
 def series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
@@ -54,23 +38,76 @@ def training_curves(
     Raises:
         InputError: a file is missing, or no run has one of the metrics.
     """
+    data = {name: read_metrics(path) for name, path in runs.items()}
+    with _figure(out, len(curves)) as axes:
+        for axis, (metric, title) in zip(axes, curves, strict=True):
+            _panel(axis, data, metric)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("step (dashed: validation)" if _has_validation(data, metric) else "step")
+    return Path(out)
+
+
+def accuracy_curves(runs: Mapping[str, str | Path], out: str | Path, benchmarks: Sequence[str] = ()) -> Path:
+    """Draw accuracy in percent by step, as DFT's Fig. 1 and GFT's Fig. 3: a panel per benchmark, a line per run.
+
+    A band is the 95% interval, over problems, of one evaluation; evaluations of a run share problems and seeds, so
+    neighbouring steps differ by less than their bands suggest.
+
+    Args:
+        runs: name -> path of its ``metrics.jsonl``, of runs with ``trainer.eval_every``.
+        out: the PNG to write, atomically.
+        benchmarks: whose panels, in this order; none: all that a run has.
+
+    Raises:
+        InputError: a file is missing, or no run has a benchmark's accuracy.
+    """
+    data = {name: read_metrics(path) for name, path in runs.items()}
+    found = dict.fromkeys(match[1] for rows in data.values() for row in rows for key in row
+                          if (match := _ACCURACY.match(key)))  # fmt: skip
+    if missing := [name for name in benchmarks if name not in found]:
+        raise InputError(f"none of the runs {', '.join(data)} has accuracy on {missing[0]}; they have {list(found)}")
+    if not found:
+        raise InputError(f"none of the runs {', '.join(data)} has accuracy by step; train with trainer.eval_every=N")
+    names = list(benchmarks or found)
+    with _figure(out, len(names)) as axes:
+        for axis, benchmark in zip(axes, names, strict=True):
+            _accuracy_panel(axis, data, f"eval/{benchmark}")
+            axis.set_title(f"{benchmark}: accuracy (%), band: 95% interval", fontsize=10)
+            axis.set_xlabel("step")
+    return Path(out)
+
+
+@contextmanager
+def _figure(out: str | Path, panels: int) -> Iterator[Sequence[Any]]:
+    """The axes of a row of panels, written to ``out`` when the block ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    data = {name: read_metrics(path) for name, path in runs.items()}
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.4), squeeze=False, layout="constrained")
-    for axis, (metric, title) in zip(axes[0], curves, strict=True):
-        _panel(axis, data, metric)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step (dashed: validation)" if _has_validation(data, metric) else "step")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    with atomic_write(out, "wb") as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
-    return Path(out)
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.4), squeeze=False, layout="constrained")
+    try:
+        yield axes[0]
+        for axis in axes[0]:
+            axis.grid(alpha=0.3)
+        axes[0][0].legend()
+        with atomic_write(out, "wb") as file:
+            figure.savefig(file, dpi=110, format="png")
+    finally:
+        plt.close(figure)
+
+
+def _accuracy_panel(axis: Any, data: Mapping[str, Sequence[Mapping[str, float]]], prefix: str) -> None:
+    for index, (name, rows) in enumerate(data.items()):
+        color = f"C{index}"
+        steps, values = series(rows, f"{prefix}/avg")
+        axis.plot(steps, [100 * v for v in values], color=color, label=name, marker="o", markersize=3, linewidth=1.4)
+        low_steps, low = series(rows, f"{prefix}/ci95_low")
+        _, high = series(rows, f"{prefix}/ci95_high")
+        low, high = ([100 * v for v in values] for values in (low, high))
+        axis.fill_between(low_steps, low, high, color=color, alpha=0.15, linewidth=0)
+        axis.vlines(low_steps, low, high, color=color, alpha=0.4, linewidth=1)  # one evaluation has no band
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _has_validation(data: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> bool:

@@ -85,7 +85,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     Raises:
         InputError: anything a user can put right.
     """
-    from verl_dft.files import write_json, write_manifest
+    from verl_dft.files import atomic_write, write_json, write_manifest
 
     folder, model = Path(config["output_dir"]), config["model"]["path"]
     check_folder(folder, config)
@@ -93,6 +93,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     asks = asks_of(problems, config)
     with Sampler(folder / STORE, model, config, source) as sampler:
         samples = sampler.sample(asks)
+    (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
     statistics = statistics_of(samples, [problem.id for problem in problems])
     write_problems(folder / "problems.jsonl", problems)
     write_samples(folder / "samples.parquet", samples)
@@ -106,7 +107,8 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
         statistics=statistics,
         **facts,
     )
-    (folder / "statistics.md").write_text(markdown(statistics) + "\n", encoding="utf-8")
+    with atomic_write(folder / "statistics.md") as file:
+        file.write(markdown(statistics) + "\n")
     write_json(folder / "config.json", identity(config))
     write_json(folder / "statistics.json", statistics)
     return statistics

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.errors import InputError
+from verl_dft.grading.pool import ANSWER_TYPES
 from verl_dft.sampling.ask import Sampling
 
 
@@ -41,6 +42,11 @@ def check_sampler(config: Mapping[str, Any]) -> None:
         whole_number(key, config[key], 1)
     whole_number("engine.tensor_parallel_size", config["engine"]["tensor_parallel_size"], 1)
     whole_number("seed", config["seed"], 0)
+    for key in ("deterministic", "overwrite", "want_logp"):
+        if not isinstance(config.get(key, False), bool):
+            raise InputError(f"{key}={config[key]}; it must be true or false")
+    if config.get("answer_type", "auto") not in ANSWER_TYPES:
+        raise InputError(f"answer_type={config['answer_type']} is not one of {', '.join(ANSWER_TYPES)}")
 
 
 def sampling_of(config: Mapping[str, Any], where: str = "") -> Sampling:

@@ -10,23 +10,21 @@ What it takes to be reproducible and to start anywhere:
 - On a CPU the KV cache gets what the sequences can fill, not a share of the machine: vLLM's default share (0.92)
   refuses to start where memory is in use.
 - float32 checkpoints run in float32. vLLM's own ``dtype=auto`` casts them down.
+- With tensor parallelism the model is in processes of its own (one per GPU, on a CPU one per rank); the scheduler stays
+  here.
 """
 
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from verl_dft.errors import InputError
-
-_CPU_MAX_NUM_SEQS = 256
-_CPU_BATCHED_TOKENS = 4096
-# vLLM's default on a CPU is 128; short sequences waste most of such a block, and nothing shorter can be shared.
-_CPU_BLOCK_SIZE = 32
-_CPU_KV_MEMORY_FRAC = 0.4
-# Below this width a second thread costs more in waiting than it computes.
-_ONE_THREAD_HIDDEN_SIZE = 256
+from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
+from verl_dft.sampling.engine_options import context_length, cpu_options, cpu_threads, load_config, stored_dtype
+from verl_dft.sampling.same_shape import model_shape, shape_difference
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,18 @@ class GeneratedText:
 
     ``finish_reason``: ``stop`` (the model ended it) or ``length`` (cut off by ``max_tokens`` or the context).
     ``logp``: of each token under the model at temperature 1 without top-p and top-k, in nats, where it was asked for.
+    ``reported_tokens``: how many tokens an endpoint says it wrote; ``token_ids`` are then empty.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: str
     logp: list[float] | None = None
+    reported_tokens: int | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) if self.reported_tokens is None else self.reported_tokens
 
 
 class VLLMEngine:
@@ -74,11 +74,14 @@ class VLLMEngine:
         dtype: ``auto`` (as stored in the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
         max_model_len: longest prompt + response in tokens; None takes the model's context.
         seed: vLLM's own; samples have theirs.
+        tensor_parallel_size: GPUs of this machine that hold the model together (CPU: processes).
         max_num_seqs: sequences in flight; None: 256 on a CPU, vLLM's choice on a GPU.
         max_num_batched_tokens: tokens of one step; None chooses.
-        kv_cache_gib: CPU only; None sizes the cache for ``max_num_seqs`` full sequences, at most 40% of free memory.
+        kv_cache_gib: CPU only, of each process; None sizes the cache for ``max_num_seqs`` full sequences, at most 40%
+            of free memory.
+        memory_share: CPU only: the part of that which this engine may take, where several run on the machine.
         gpu_memory_utilization: GPU only.
-        num_threads: CPU only; None: 1 for a model of hidden size up to 256, else torch's own choice.
+        num_threads: CPU only, of each process; None: 1 for a model of hidden size up to 256, else torch's own choice.
         extra: further keyword arguments of ``vllm.LLM``; they win over everything chosen here.
 
     Raises:
@@ -96,6 +99,7 @@ class VLLMEngine:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         kv_cache_gib: float | None = None,
+        memory_share: float = 1.0,
         gpu_memory_utilization: float = 0.9,
         num_threads: int | None = None,
         trust_remote_code: bool = False,
@@ -105,7 +109,7 @@ class VLLMEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # Weights are never replaced here, so our own vLLM plug-in may leave the faster kernels alone.
+        # `load` packs new weights again, so our own vLLM plug-in may leave the faster kernels alone.
         os.environ["VERL_DFT_VLLM_PREPACK"] = "1"
         import torch
         import vllm
@@ -113,7 +117,8 @@ class VLLMEngine:
 
         self._num_threads, self._set_num_threads = torch.get_num_threads(), torch.set_num_threads
         hf_config = load_config(model, trust_remote_code)
-        self.dtype = _stored_dtype(hf_config) if dtype == "auto" else dtype
+        self._shape = model_shape(model)
+        self.dtype = stored_dtype(hf_config) if dtype == "auto" else dtype
         self.max_model_len = max_model_len or context_length(hf_config)
         self.on_cpu = current_platform.is_cpu()
         options: dict[str, Any] = {
@@ -122,16 +127,24 @@ class VLLMEngine:
             "max_model_len": self.max_model_len,
             "seed": seed,
             "tensor_parallel_size": tensor_parallel_size,
+            # In a Ray actor vLLM would else ask Ray for further actors.
+            "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
             "trust_remote_code": trust_remote_code,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
         if self.on_cpu:
-            threads = num_threads or (1 if _text_config(hf_config).hidden_size <= _ONE_THREAD_HIDDEN_SIZE else None)
-            if threads:
-                torch.set_num_threads(threads)
-            options |= _cpu_options(hf_config, self.dtype, self.max_model_len, max_num_seqs, kv_cache_gib)
+            torch.set_num_threads(cpu_threads(hf_config, num_threads, tensor_parallel_size))
+            options |= cpu_options(
+                hf_config,
+                self.dtype,
+                self.max_model_len,
+                max_num_seqs=max_num_seqs,
+                kv_cache_gib=kv_cache_gib,
+                tensor_parallel_size=tensor_parallel_size,
+                memory_share=memory_share,
+            )
         else:
             options["gpu_memory_utilization"] = gpu_memory_utilization
         chosen = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
@@ -140,8 +153,10 @@ class VLLMEngine:
         self.num_threads = torch.get_num_threads()
         self._vllm = vllm
         environment = dict(os.environ)
+        self._shared_memory = shared_memory_files() if tensor_parallel_size > 1 else None
         try:
-            self._llm: Any = vllm.LLM(**self.options)
+            with _worker_environment(self.num_threads if self.on_cpu and tensor_parallel_size > 1 else None):
+                self._llm: Any = vllm.LLM(**self.options)
         finally:
             self._changed = {k: environment.get(k) for k, v in os.environ.items() if environment.get(k) != v}
 
@@ -175,11 +190,34 @@ class VLLMEngine:
             _generated(output.outputs[0], request.want_logp) for output, request in zip(outputs, requests, strict=True)
         ]
 
+    def load(self, model: str) -> None:
+        """Take the weights of another folder; what is generated then is what a new engine on it would generate.
+
+        Raises:
+            InputError: the folder is not of the same shape (:func:`verl_dft.sampling.same_shape.shape_difference`).
+        """
+        assert self._llm is not None, "the engine is closed"
+        shape = model_shape(model)
+        difference = shape_difference(self._shape, shape)
+        if difference is not None:
+            raise InputError(f"an engine cannot go on with other weights: {difference}")
+        self._llm.collective_rpc(_reload, args=(model,))
+        self._shape = shape
+
     def facts(self) -> dict[str, Any]:
         """What a result should say about this engine: number type, device, limits and threads."""
         kept = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes")
         facts: dict[str, Any] = {"dtype": self.dtype, "device": "cpu" if self.on_cpu else "gpu"}
-        return {**facts, **{key: self.options.get(key) for key in kept}, "num_threads": self.num_threads}
+        facts |= {**{key: self.options.get(key) for key in kept}, "num_threads": self.num_threads}
+        if self.on_cpu:
+            facts["all_sequences_fit"] = self._all_sequences_fit()
+        return facts
+
+    def _all_sequences_fit(self) -> bool:
+        """Whether ``max_num_seqs`` full sequences fit into the KV cache. Else its size has a say in what is batched."""
+        config = self._llm.llm_engine.vllm_config
+        block, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+        return blocks >= config.scheduler_config.max_num_seqs * -(-self.max_model_len // block)
 
     def _sampling_params(self, request: SampleRequest) -> Any:
         options: dict[str, Any] = {"temperature": 0.0}
@@ -208,15 +246,48 @@ class VLLMEngine:
         self._llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
+        if self._shared_memory is not None:
+            remove_abandoned(self._shared_memory)
         # vLLM's CPU worker replaces this function for the whole process.
         torch.set_num_threads = self._set_num_threads
         torch.set_num_threads(self._num_threads)
         # LD_PRELOAD and the like would otherwise reach every process started from here.
-        for name, value in self._changed.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _restore_environment(self._changed)
+
+
+@contextmanager
+def _worker_environment(num_threads: int | None) -> Iterator[None]:
+    """What a CPU engine's processes inherit: so many threads each, not bound to cores.
+
+    vLLM would bind each process to a NUMA node of its own, and refuses to start where there are fewer.
+    """
+    if num_threads is None:
+        yield
+        return
+    given = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")}
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        yield
+    finally:
+        _restore_environment(given)
+
+
+def _restore_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _reload(worker: Any, folder: str) -> None:
+    """In each of vLLM's workers: read the weights of ``folder`` and pack them as at the start."""
+    worker.reload_weights(weights_path=folder)
+    # A tied output layer has no weights of its own in the folder, so vLLM (0.28) leaves its packed copy as it was.
+    for layer in worker.model_runner.get_model().modules():
+        if getattr(layer, "cpu_linear", None) is not None and layer.weight.numel():
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _generated(output: Any, want_logp: bool) -> GeneratedText:
@@ -225,64 +296,3 @@ def _generated(output: Any, want_logp: bool) -> GeneratedText:
     if want_logp:
         logp = [float(at[token].logprob) for at, token in zip(output.logprobs, ids, strict=True)]
     return GeneratedText(ids, output.text, str(output.finish_reason), logp)
-
-
-def load_config(model: str, trust_remote_code: bool = False) -> Any:
-    """The model's ``transformers`` configuration. Raises InputError where there is none."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:160]
-        raise InputError(f"model {model!r} cannot be loaded: {detail}; give a folder or a hub name") from None
-
-
-def context_length(config: Any) -> int:
-    """Longest prompt + response in tokens that the model was built for."""
-    return int(_text_config(config).max_position_embeddings)
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config()
-
-
-def _stored_dtype(config: Any) -> str:
-    stored = getattr(config, "dtype", None) or _text_config(config).dtype
-    return str(stored).removeprefix("torch.") if stored is not None else "auto"
-
-
-def _cpu_options(
-    config: Any, dtype: str, max_model_len: int, max_num_seqs: int | None, kv_cache_gib: float | None
-) -> dict[str, Any]:
-    from verl_dft.sampling.seeded import SeededChoice
-
-    sequences = max_num_seqs or _CPU_MAX_NUM_SEQS
-    return {
-        "enforce_eager": True,
-        "logits_processors": [SeededChoice],
-        "block_size": _CPU_BLOCK_SIZE,
-        "max_num_seqs": sequences,
-        "max_num_batched_tokens": _CPU_BATCHED_TOKENS,
-        "kv_cache_memory_bytes": _kv_cache_bytes(config, dtype, max_model_len, sequences, kv_cache_gib),
-    }
-
-
-def _kv_cache_bytes(config: Any, dtype: str, max_model_len: int, sequences: int, gib: float | None) -> int:
-    """Bytes for ``sequences`` full sequences (one block more each), at most 40% of free memory, or what was asked."""
-    import psutil
-
-    if gib is not None:
-        return int(gib * 2**30)
-    text = _text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * heads * head_dim * (4 if dtype in ("float32", "auto") else 2)
-    per_sequence = (-(-max_model_len // _CPU_BLOCK_SIZE) + 1) * _CPU_BLOCK_SIZE * per_token
-    available = int(psutil.virtual_memory().available * _CPU_KV_MEMORY_FRAC)
-    if per_sequence > available:
-        raise InputError(
-            f"one sequence of {max_model_len} tokens needs {per_sequence / 2**30:.1f} GiB of KV cache and "
-            f"{available / 2**30:.1f} GiB can be taken; lower max_tokens or engine.max_model_len"
-        )
-    return min(sequences * per_sequence, available)

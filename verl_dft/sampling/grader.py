@@ -2,40 +2,48 @@
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from verl_dft.grading.pool import Grade, GradeItem, GraderPool
+
+_LOT = 64
 
 
 class BackgroundGrader:
     """Grades items by key in the order they are given. Use as a context manager; leaving it ends the thread.
 
+    Leaving it by an exception does not wait for what is still to be graded.
+
     Args:
-        options: of :class:`verl_dft.grading.pool.GraderPool`.
+        pool: what grades. It is not closed.
         on_grades: called in the grading thread with each finished lot.
     """
 
-    def __init__(self, options: Mapping[str, Any], on_grades: Callable[[Sequence[Grade]], None] | None = None) -> None:
-        self._pool = GraderPool(**options)
+    def __init__(self, pool: GraderPool, on_grades: Callable[[Sequence[Grade]], None] | None = None) -> None:
+        self._pool = pool
         self._tell = on_grades or (lambda grades: None)
         self._lots: queue.SimpleQueue[tuple[list[str], list[GradeItem]] | None] = queue.SimpleQueue()
         self._grades: dict[str, Grade] = {}
         self._failure: BaseException | None = None
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name="grader", daemon=True)
 
     def __enter__(self) -> "BackgroundGrader":
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stopped = kind is not None
         self._lots.put(None)
         self._thread.join()
-        self._pool.close()
 
     def submit(self, keys: Sequence[str], items: Sequence[GradeItem]) -> None:
-        """Hand over a lot. Returns at once."""
-        self._lots.put((list(keys), list(items)))
+        """Hand over a lot. Returns at once. Raises what grading an earlier one raised."""
+        if self._failure is not None:
+            raise self._failure
+        # small lots, so that an error elsewhere has little to wait for
+        for start in range(0, len(keys), _LOT):
+            self._lots.put((list(keys[start : start + _LOT]), list(items[start : start + _LOT])))
 
     def finish(self) -> dict[str, Grade]:
         """Wait for everything handed over; the grades by key. Raises what grading raised."""
@@ -46,7 +54,7 @@ class BackgroundGrader:
         return self._grades
 
     def _run(self) -> None:
-        while (lot := self._lots.get()) is not None:
+        while (lot := self._lots.get()) is not None and not self._stopped:
             keys, items = lot
             try:
                 grades = self._pool.grade(items)

@@ -56,7 +56,7 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
 
     from verl_dft.files import atomic_write
 
-    rows = [asdict(sample) for sample in samples]
+    rows = [{key: _storable(value) for key, value in asdict(sample).items()} for sample in samples]
     if all(row["logp"] is None for row in rows):
         for row in rows:
             del row["logp"]
@@ -83,13 +83,28 @@ def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:
             where = f"{path}: row {row}"
             if record["grade"] not in VERDICTS:
                 raise InputError(f"{where}: grade is {record['grade']!r}; use one of {', '.join(VERDICTS)}")
-            sample = Sample(**{key: value for key, value in record.items() if key in known})
+            sample = _checked(where, {key: value for key, value in record.items() if key in known})
             key = (sample.problem_id, sample.model, sample.prompt_name, sample.index)
             if key in seen:
                 raise InputError(f"{where}: sample {sample.index} of problem {sample.problem_id} is also {seen[key]}")
             seen[key] = where
             samples.append(sample)
     return samples
+
+
+def _storable(value: Any) -> Any:
+    """A text without lone surrogates, which have no form in a file; they become U+FFFD."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+def _checked(where: str, record: dict[str, Any]) -> Sample:
+    """A sample of the right types; a null stands for what a column's default is. Raises InputError."""
+    for name in _NEEDED:
+        wanted = int if name == "index" else str
+        if not isinstance(record[name], wanted) or isinstance(record[name], bool):
+            kind = "a whole number" if wanted is int else "text"
+            raise InputError(f"{where}: column {name!r} is {record[name]!r}; it must be {kind}")
+    return Sample(**{name: value for name, value in record.items() if value is not None})
 
 
 def _file(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
-from verl_dft.grading.pool import Grade
+from verl_dft.grading.pool import Grade, GraderPool
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.engine import SampleRequest, VLLMEngine, context_length, load_config
 from verl_dft.sampling.fingerprint import model_fingerprint
@@ -20,9 +20,9 @@ from verl_dft.sampling.grader import BackgroundGrader
 from verl_dft.sampling.progress import Progress
 from verl_dft.sampling.record import Sample
 from verl_dft.sampling.seeds import sample_seed
-from verl_dft.sampling.shards import Sampled, Wanted, sample_all
+from verl_dft.sampling.shards import Sampled, Wanted, missing_of, sample_all
 from verl_dft.sampling.source import TextSource
-from verl_dft.sampling.store import SampleStore, StoredSample, read_shard, sample_key
+from verl_dft.sampling.store import SampleStore, StoredSample, sample_key
 from verl_dft.sampling.watch import ShardWatch
 
 # How much memory an engine takes changes no text, and a prompt's room is in its requests.
@@ -80,7 +80,7 @@ class Sampler:
         self.num_reused = self.num_generated = self.num_tokens = 0
         self.seconds = {"engine_start": 0.0, "prompts": 0.0, "generation": 0.0, "grading": 0.0}
         self.facts: list[dict[str, Any]] = []
-        self._reserved = 0
+        self._reserved = self._room = 0
         self._stack, self._store = ExitStack(), None
         self._source: TextSource | None = None
         self._source_stack = ExitStack()
@@ -89,11 +89,14 @@ class Sampler:
         if not self._may_generate and not self.folder.is_dir():
             raise InputError(f"{self.folder} holds no samples, so there is nothing to grade again; generate them first")
         self._store = self._stack.enter_context(SampleStore(self.folder))
+        self._pool = self._stack.enter_context(GraderPool(**self.config["grading"]))
         if self._store.recovery.unfinished_shards or self._store.recovery.corrupt:
             print(f"warning: {self.folder}: {self._store.recovery}", file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
+        for note in getattr(self._source, "notes", list)():
+            print(f"warning: {self.folder}: {note}", file=sys.stderr)
         self._source = None
         try:
             self._source_stack.close()
@@ -101,9 +104,13 @@ class Sampler:
             self._stack.close()
             self._store = None
 
-    def reserve(self, asks: Sequence[Ask]) -> None:
-        """Make the engine large enough for these too, so that asking for them later does not start it again."""
+    def reserve(self, asks: Sequence[Ask]) -> int:
+        """Make the engine large enough for these too, so that asking for them later does not start it again.
+
+        Returns the longest prompt + response in tokens so far.
+        """
         self._reserved = max([self._reserved, *(self._length(w.request) for w in self._wanted(asks))])
+        return self._reserved
 
     def sample(self, asks: Sequence[Ask], name: str = "samples") -> list[Sample]:
         """A graded sample for each ask, in order, from the store where it is there.
@@ -119,7 +126,7 @@ class Sampler:
         items = {want.key: ask for want, ask in zip(wanted, asks, strict=True)}
         with (
             Progress(len(wanted), name) as progress,
-            BackgroundGrader(self.config["grading"], progress.graded) as grader,
+            BackgroundGrader(self._pool, progress.graded) as grader,
         ):
             watch = ShardWatch(grader, progress, items)
             sampled = self._sample(wanted, watch)
@@ -133,11 +140,12 @@ class Sampler:
         ]
 
     def plan(self, asks: Sequence[Ask]) -> dict[str, int]:
-        """What sampling these would take: samples, those stored already, prompt tokens, and response tokens at most."""
+        """What sampling these would take: samples, those stored already, prompt tokens, and response tokens at most.
+
+        With ``deterministic`` a stored sample counts only where its whole shard is there, as when sampling.
+        """
         wanted = self._wanted(asks)
-        shards = (read_shard(path) for path in sorted(self.folder.glob("*.jsonl")))
-        stored = {sample.key for shard in shards if shard is not None for sample in shard.samples}
-        missing = [want.request for want in wanted if want.key not in stored]
+        missing = [want.request for want in missing_of(self.folder, wanted, self.config)]
         return {
             "samples": len(wanted),
             "stored": len(wanted) - len(missing),
@@ -226,11 +234,11 @@ class Sampler:
 
     @contextmanager
     def _opened(self, needed: int) -> Iterator[TextSource]:
-        if self._source is None or needed > self._reserved:
+        if self._source is None or needed > self._room:
             self._source_stack.close()
             begun = time.monotonic()
             self._source = self._source_stack.enter_context(self._open(needed))
-            self._reserved = needed
+            self._reserved = self._room = needed
             self.seconds["engine_start"] += round(time.monotonic() - begun, 2)
         yield self._source
 
@@ -277,7 +285,7 @@ def _sample(model: str, ask: Ask, stored: StoredSample, grade: Grade) -> Sample:
         seed=stored.seed,
         model=model,
         prompt_name=ask.prompt_name,
-        token_ids=text.token_ids,
+        token_ids=text.token_ids or None,
         num_tokens=text.num_tokens,
         logp=text.logp,
         qwen=grade.qwen,

@@ -6,15 +6,16 @@ redone whole. An interrupted run therefore ends with the samples it would have h
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
 from verl_dft.sampling.source import TextSource
-from verl_dft.sampling.store import SampleStore, Shard, StoredSample, shard_id
+from verl_dft.sampling.store import SampleStore, Shard, StoredSample, read_shard, shard_id
 
 # Without `deterministic`, so many shards are generated in one call: the end of a call, where few sequences are left to
 # run, is then met less often.
@@ -106,6 +107,21 @@ def sample_all(
     seconds = sum(shard.seconds for shard in used)
     samples = [by_key[want.key] for want in wanted]
     return Sampled(samples, facts, round(seconds, 2), len(wanted) - num_missing, num_missing)
+
+
+def missing_of(folder: Path, wanted: Sequence[Wanted], config: Mapping[str, Any]) -> list[Wanted]:
+    """What :func:`sample_all` would generate, by the files in a store's folder; the store is neither opened nor locked.
+
+    Args:
+        config: ``shard_size`` and ``deterministic``.
+    """
+    shards = [shard for path in sorted(folder.glob("*.jsonl")) if (shard := read_shard(path)) is not None]
+    if not config["deterministic"]:
+        stored = {sample.key for shard in shards for sample in shard.samples}
+        return [want for want in wanted if want.key not in stored]
+    ids = {shard.id for shard in shards}
+    chunks = _chunks(wanted, config["shard_size"])
+    return [want for members in chunks if shard_id([w.key for w in members]) not in ids for want in members]
 
 
 def _missing(

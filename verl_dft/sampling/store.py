@@ -76,7 +76,7 @@ def sample_key(writer: str, request: SampleRequest, index: int) -> str:
     if request.want_logp:  # not part of older keys
         value.append("logp")
     if not request.prompt_ids:  # an endpoint makes the ids from the turns
-        value.append([dict(message) for message in request.messages or ()])
+        value.append([sorted(message.items()) for message in request.messages or ()])
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
@@ -231,13 +231,15 @@ def _lines(shard: Shard) -> Iterator[bytes]:
 
 def _record(sample: StoredSample) -> dict[str, Any]:
     text = asdict(sample.text)
-    if text["logp"] is None:
-        del text["logp"]
+    for name in ("logp", "reported_tokens"):  # not in older records
+        if text[name] is None:
+            del text[name]
     return {"key": sample.key, "index": sample.index, "seed": sample.seed, **text, "num_tokens": sample.text.num_tokens}
 
 
 def _sample(record: Mapping[str, Any]) -> StoredSample:
-    text = GeneratedText(list(record["token_ids"]), record["text"], record["finish_reason"], record.get("logp"))
+    optional = (record.get("logp"), record.get("reported_tokens"))
+    text = GeneratedText(list(record["token_ids"]), record["text"], record["finish_reason"], *optional)
     return StoredSample(record["key"], record["index"], record["seed"], text)
 
 

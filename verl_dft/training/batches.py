@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
+from verl_dft.errors import InputError
+
 
 class StepBatchSampler(Sampler[list[int]]):
     """Yields the row indices of each step's batch: this rank's share, or all ranks' shares end to end.
@@ -26,6 +28,8 @@ class StepBatchSampler(Sampler[list[int]]):
             like length; otherwise the permutation's order is kept.
         updates: mini-batches that a step is cut into, in the permutation's order; a rank's share is its part of the
             first, then of the second, and so on.
+        members: [num_groups, K] row indices (see :func:`group_members`); the permutation is then of groups, so that
+            the K rows of one are in the same mini-batch. Rows in none of them are never used.
     """
 
     def __init__(
@@ -38,14 +42,17 @@ class StepBatchSampler(Sampler[list[int]]):
         seed: int,
         balance: bool,
         updates: int = 1,
+        members: np.ndarray | None = None,
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.balance = lengths, batch_size, seed, balance
         self.dp_size, self.dp_rank, self.updates = dp_size, dp_rank, updates
+        self.members = np.arange(len(lengths))[:, None] if members is None else members
         self.epoch = self.first_step = 0
         assert batch_size % (dp_size * updates) == 0 and len(self) > 0
+        assert (batch_size // updates) % self.members.shape[1] == 0
 
     def __len__(self) -> int:
-        return len(self.lengths) // self.batch_size
+        return self.members.size // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation."""
@@ -62,7 +69,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def rows(self, epoch: int, step: int) -> list[int]:
         """Row indices of one batch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        order = self.members[np.random.default_rng([self.seed, epoch]).permutation(len(self.members))].ravel()
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
         parts = [self._shares(mini) for mini in np.split(batch, self.updates)]
         shares = [[row for part in parts for row in part[rank]] for rank in range(self.dp_size)]
@@ -79,6 +86,44 @@ class StepBatchSampler(Sampler[list[int]]):
             work = calculate_workload(lengths).tolist()
             parts = get_seqlen_balanced_partitions(work, k_partitions=self.dp_size, equal_size=True)
         return [[int(batch[i]) for i in sorted(part, key=lambda i: (-int(lengths[i]), i))] for part in parts]
+
+
+def group_members(groups: np.ndarray, mini_batch_size: int) -> np.ndarray:
+    """Row indices of every whole group, for ``StepBatchSampler(members=…)``, groups in the order of their first row.
+
+    K is the size of the largest group. A smaller one has lost rows (dropped as over-long): it is left out.
+
+    Args:
+        groups: [num_rows] int64, which group a row belongs to; below 0: none.
+        mini_batch_size: rows of an optimizer update.
+
+    Returns:
+        [num_groups, K] int64, ascending within a group.
+
+    Raises:
+        InputError: rows without a group, a group larger than the mini-batch, or a mini-batch that cuts one.
+    """
+    advice = "or set data.keep_groups=false"
+    if len(groups) == 0 or (groups < 0).any():
+        raise InputError(
+            f"data.keep_groups=true, but {int((groups < 0).sum())} of {len(groups)} rows have no group_id; make them "
+            f"with verl-dft groups, {advice}"
+        )
+    _, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    size = int(sizes.max())
+    if size > mini_batch_size:
+        raise InputError(
+            f"a group has {size} rows and an update {mini_batch_size} (data.mini_batch_size or data.train_batch_size); "
+            f"use at least {size}, {advice}"
+        )
+    if mini_batch_size % size:
+        raise InputError(
+            f"an update of {mini_batch_size} rows (data.mini_batch_size or data.train_batch_size) is no multiple of "
+            f"the group size {size}; use {mini_batch_size - mini_batch_size % size}, {advice}"
+        )
+    rows = np.argsort(codes, kind="stable")
+    members = rows[(sizes == size)[codes[rows]]].reshape(-1, size)
+    return members[np.argsort(members[:, 0])]
 
 
 class PaddedRows(Dataset):

@@ -11,6 +11,7 @@ from verl_dft.config import compose, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.objectives import Objective, build_objective
+from verl_dft.training.evaluate_during import ON_FAILURE
 from verl_dft.training.logprob import HEADS
 
 ROW_FIELDS = {
@@ -162,6 +163,10 @@ def _check_choices(config: DictConfig) -> None:
         value = config.trainer[key]
         if value != "after_each_epoch" and (not isinstance(value, int) or value == 0):
             raise InputError(f"trainer.{key}={value} must be a number of steps, -1 (never) or after_each_epoch")
+    every = config.trainer.eval_every
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise InputError(f"trainer.eval_every={every} must be a number of steps of at least 1, or null (never)")
+    _choice(config, "trainer.eval_failure", ON_FAILURE)
 
 
 def _check_loggers(logger: str | Sequence[str]) -> None:

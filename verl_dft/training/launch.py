@@ -1,6 +1,5 @@
 """``verl-dft train``: prepare, then train in this process, in ranks started by torch's launcher, or under Ray."""
 
-import ctypes
 import json
 import logging
 import os
@@ -15,10 +14,14 @@ from omegaconf import DictConfig
 
 from verl_dft.errors import InputError
 from verl_dft.platform.compat import check_verl_version
+from verl_dft.processes import end_with_parent
+from verl_dft.training.evaluate_during import EvaluationFailed
 
 _LAUNCHED = "VERL_DFT_LAUNCHED"
 """Set in the environment of ranks that this command started: their errors are told by it, once."""
 _BAD_INPUT = 2
+_TOLD = "verl_dft"
+"""Key of an error file that holds our one line."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,20 +31,29 @@ def main(argv: Sequence[str]) -> int:
         InputError: bad input, found here or by a rank.
     """
     check_verl_version()
+    from verl_dft.training import preference_config
     from verl_dft.training.setup import prepare_run
 
     argv = list(argv)
+    if preference_config.wanted(argv):
+        from verl_dft.training import preference
+
+        return preference.main(argv)
     config = prepare_run(argv)
-    if config.launcher == "ray":
-        from verl_dft.training import sft_ray
+    try:
+        if config.launcher == "ray":
+            from verl_dft.training import sft_ray
 
-        sft_ray.run(config)
-    elif config.trainer.n_gpus_per_node * config.trainer.nnodes == 1 or "RANK" in os.environ:
-        from verl_dft.training import sft
+            sft_ray.run(config)
+        elif config.trainer.n_gpus_per_node * config.trainer.nnodes == 1 or "RANK" in os.environ:
+            from verl_dft.training import sft
 
-        sft.run(config)
-    else:
-        return run_ranks([*torchrun_options(config), "-m", "verl_dft.training.launch", *argv])
+            sft.run(config)
+        else:
+            return run_ranks([*torchrun_options(config), "-m", "verl_dft.training.launch", *argv])
+    except EvaluationFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -93,8 +105,11 @@ def _failure(error: Exception) -> int:
     """One line for the rank that failed first."""
     failures = sorted(error.failures.items(), key=lambda f: f[1].timestamp)  # type: ignore[attr-defined]
     for _, failure in failures:  # others may have failed within the same second, for want of this rank
-        if failure.exitcode == _BAD_INPUT and "message" in failure.error_file_data:
-            raise InputError(failure.message) from None
+        if _TOLD in failure.error_file_data:
+            if failure.exitcode == _BAD_INPUT:
+                raise InputError(failure.message) from None
+            print(f"error: {failure.message}", file=sys.stderr, flush=True)
+            return 1
     rank, failure = failures[0]
     if failure.exitcode < 0:
         how = f"was ended by signal {-failure.exitcode} ({failure.signal_name()})"
@@ -107,19 +122,23 @@ def _failure(error: Exception) -> int:
 
 
 def run_guarded(run: Callable[[], None]) -> int:
-    """Exit code of a training process: 0 done, 2 bad input (one line); other errors keep their traceback."""
+    """Exit code of a training process: 0 done, 2 bad input, 1 a failed evaluation that was to stop it (one line each).
+
+    Other errors keep their traceback.
+    """
     launched = _LAUNCHED in os.environ
     if launched:
-        _end_with_launcher()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted rank ends at once, without a traceback of its own
+        end_with_parent(signal.SIGTERM)
     try:
         run()
-    except InputError as error:
+    except (InputError, EvaluationFailed) as error:
         if launched:  # torch's form of an error file, which run_ranks reads
-            report = json.dumps({"message": str(error), "timestamp": int(time.time())})
+            report = json.dumps({"message": str(error), "timestamp": int(time.time()), _TOLD: True})
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report, encoding="utf-8")
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return _BAD_INPUT
+        return _BAD_INPUT if isinstance(error, InputError) else 1
     return 0
 
 
@@ -132,14 +151,6 @@ def _rank() -> int:
         sft.run(sft.prepare_run(sys.argv[1:]))
 
     return run_guarded(run)
-
-
-def _end_with_launcher() -> None:
-    """A rank that is interrupted or loses its launcher ends at once, without a traceback of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ with the input is an :class:`InputError` here.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from verl_dft.data.selection import has_column, present_columns
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, is_leftover, write_json
 from verl_dft.training.configure import ROW_FIELDS, compose_training, objective_of, remarks, world_size
+from verl_dft.training.evaluate_during import add_plan
 from verl_dft.training.packing import faster_packed
 from verl_dft.training.preflight import check_requirements
 from verl_dft.training.resume import resume_point
 
 # may differ between a run and its continuation
 _FREE_KEYS = ("trainer.logger", "trainer.save_freq", "trainer.test_freq", "trainer.max_ckpt_to_keep",
-              "trainer.resume_mode", "data.num_workers", "data.num_proc", "data.cache_dir", "ray_init")  # fmt: skip
+              "trainer.resume_mode", "trainer.eval_every", "trainer.eval_before_train", "trainer.eval_failure",
+              "trainer.keep_eval_models", "eval", "data.num_workers", "data.num_proc", "data.cache_dir",
+              "ray_init")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
         check_output(config, output)
         checkpoint = _check_resume(config)
         as_given = OmegaConf.to_yaml(config, resolve=True)
+        add_plan(config)
         prepared = prepare_rows(config.data, output / "data")
         config.data.train_files = [str(path) for path in prepared.train]
         config.data.val_files = [str(path) for path in prepared.val] or None
@@ -58,7 +62,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
         tokenizer = _tokenizer(config)
         check_requirements(config, tokenizer, checkpoint)
         rows = load_rows(config, tokenizer)
-        _check_same_rows(rows, output)
+        check_same_rows(rows.keys(), output)
         if config.model.use_remove_padding == "auto":
             config.model.use_remove_padding = _packs(config, rows.train)
         if os.environ.get("RANK", "0") == "0":
@@ -115,10 +119,10 @@ def _check_resume(config: DictConfig) -> Path | None:
     return point.path if point else None
 
 
-def _check_same_rows(rows: Rows, output: Path) -> None:
+def check_same_rows(keys: Mapping[str, str | None], output: Path) -> None:
     """A run that has begun goes on with the rows it began with, or not at all."""
     path = output / "data" / "rows.json"
-    if _has_begun(output) and path.is_file() and json.loads(path.read_text()) != rows.keys():
+    if _has_begun(output) and path.is_file() and json.loads(path.read_text()) != keys:
         raise InputError(
             f"the rows or the tokenizer have changed since the run in output_dir={output} began; restore them, or "
             "choose another output_dir"
@@ -191,11 +195,25 @@ def load_rows(config: DictConfig, tokenizer: Any) -> Rows:
             f"{len(train)} training rows do not fill one batch of data.train_batch_size={data.train_batch_size}; "
             "use a smaller batch or more rows"
         )
+    if data.keep_groups:
+        _check_groups(train, data)
     if not data.val_files:
         return Rows(train, None)
     needed = required - {"origin"}
     has_columns = not needed or needed <= present_columns(data.val_files)
     return Rows(train, load(data.val_files, data.val_max_samples, sorted(required) if has_columns else ()))
+
+
+def _check_groups(train: RowDataset, data: DictConfig) -> None:
+    from verl_dft.training.batches import group_members  # imports verl
+
+    usable = group_members(train.groups, data.mini_batch_size or data.train_batch_size).size
+    if usable < data.train_batch_size:
+        raise InputError(
+            f"{usable} of {len(train)} rows are of whole groups (rows over data.max_length are dropped), too few "
+            f"for a batch of data.train_batch_size={data.train_batch_size}; raise data.max_length, lower the batch "
+            "size, or set data.overlong=truncate"
+        )
 
 
 def _check_validation(config: DictConfig) -> None:

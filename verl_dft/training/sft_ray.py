@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +12,7 @@ from verl.trainer import sft_trainer_ray
 from verl.utils.checkpoint import OrchestrationMode
 
 from verl_dft.errors import InputError
+from verl_dft.sampling.cluster import loopback_kept
 from verl_dft.training.launch import run_guarded
 from verl_dft.training.setup import prepare_run
 from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced
@@ -100,7 +101,9 @@ def run(config: DictConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     started = not ray.is_initialized()
     if started:
-        ray.init(**ray_options(config))
+        options = ray_options(config)
+        with loopback_kept() if options.get("address") == "local" else nullcontext():
+            ray.init(**options)
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         check_resources(config, machines, get_platform().ray_resource_name())

@@ -1,6 +1,5 @@
 """What a run reports: verl's trackers with plain numbers only, metrics.jsonl, and one progress bar."""
 
-import json
 import math
 import numbers
 import os
@@ -12,33 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from verl.utils.tracking import Tracking
 
-from verl_dft.files import atomic_write
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object per line with ``step``; a resumed run drops the lines it will write again."""
-
-    def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        with atomic_write(path) as file:
-            file.writelines(f"{line}\n" for line in kept)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
-
-    def log(self, data: dict[str, float], step: int) -> None:
-        self.file.write(json.dumps({"step": step, **data}) + "\n")
-        self.file.flush()
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.startswith("{") and line.endswith("}")]  # the last may be half written
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in _lines(Path(path))]
+from verl_dft.training.metrics import METRICS_FILE, MetricsFile
 
 
 class RunTracker:
@@ -50,7 +23,7 @@ class RunTracker:
         os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
         os.environ.setdefault("WANDB_DIR", str(folder))
         resume_step = trainer.resume_global_step
-        self.file = MetricsFile(folder / "metrics.jsonl", resume_step)  # first: a backend may fail to start
+        self.file = MetricsFile(folder / METRICS_FILE, resume_step)  # first: a backend may fail to start
         self.tracking = Tracking(**kwargs)
         self.bar = tqdm(
             total=trainer.total_training_steps,
@@ -71,6 +44,16 @@ class RunTracker:
             self.last = time.perf_counter()  # the next step's time is its own
         else:
             data = {**self._with_speed(data), "train/updates": step * data.get("train/num_updates", 1)}
+        plain = self._send(data, step)
+        if "train/loss" in plain and not math.isfinite(plain["train/loss"]):
+            print(f"warning: loss is {plain['train/loss']} at step {step}", file=sys.stderr, flush=True)
+
+    def log_evaluation(self, data: dict[str, float], step: int) -> None:
+        """Send what an evaluation of the weights after ``step`` gave; its time is no part of the step that follows."""
+        self._send(data, step)
+        self.last = time.perf_counter()
+
+    def _send(self, data: dict[str, Any], step: int) -> dict[str, float]:
         plain = {
             name: float(value)
             for name, value in data.items()
@@ -79,8 +62,7 @@ class RunTracker:
         self.latest.update(plain)
         self.tracking.log(data=plain, step=step)
         self.file.log(plain, step)
-        if "train/loss" in plain and not math.isfinite(plain["train/loss"]):
-            print(f"warning: loss is {plain['train/loss']} at step {step}", file=sys.stderr, flush=True)
+        return plain
 
     def _with_speed(self, data: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()
@@ -91,11 +73,14 @@ class RunTracker:
         self.bar.update(1)
         return {**data, "perf/step_s": seconds, "perf/tokens_per_s": speed}
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the bar and verl's trackers, and say how it ended."""
+    def summarize(self) -> None:
+        """Close the bar, and say how the training ended."""
         self.bar.close()
         shown = [f"{name} {self.latest[name]:.4f}" for name in ("train/loss", "train/nll", "val/nll", "val/objective")
                  if name in self.latest]  # fmt: skip
         print(f"trained {self.run_name} in {time.perf_counter() - self.started:.1f} s: {', '.join(shown)}", flush=True)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the file and verl's trackers."""
         self.file.file.close()
         self.tracking.finish(exit_code)

@@ -11,14 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from omegaconf import OmegaConf
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 
 from verl_dft.data.dataset import RowDataset
+from verl_dft.data.turns import trained_with
 from verl_dft.objectives import objective_name
-from verl_dft.training.batches import StepBatchSampler, ValidationLoader, train_loader
+from verl_dft.training.batches import StepBatchSampler, ValidationLoader, group_members, train_loader
 from verl_dft.training.bridge import LossBridge
 from verl_dft.training.checkpoint import MarkedCheckpoints
 from verl_dft.training.configure import objective_of, updates_per_step
+from verl_dft.training.evaluate_during import Evaluations
 from verl_dft.training.exempt import exempt_ids
 from verl_dft.training.reference_scores import add_reference_logp
 from verl_dft.training.setup import load_rows
@@ -51,6 +55,8 @@ class ObjectiveTrainerMixin:
     train_dataset: RowDataset
     resume_global_step: int
     total_training_steps: int
+    tracker: RunTracker | None = None
+    """The first rank's, from its first step."""
 
     def __init__(self, config: Any) -> None:
         # verl prints the whole configuration, which is in config.yaml
@@ -95,6 +101,7 @@ class ObjectiveTrainerMixin:
             seed=config.trainer.seed,
             balance=config.trainer.reduction in BALANCED,
             updates=updates_per_step(config),
+            members=self._group_members(),
         )
         self.dp_size, self.dp_rank = dp_size, dp_rank
         self.train_dataloader = train_loader(
@@ -111,14 +118,25 @@ class ObjectiveTrainerMixin:
                 client=lambda: self.training_client,
             )
 
+    def _group_members(self) -> np.ndarray | None:
+        """Row indices of each group, where groups are to stay together."""
+        data = self.config.data
+        if not data.keep_groups:
+            return None
+        return group_members(self.train_dataset.groups, data.mini_batch_size or data.train_batch_size)
+
     def set_run_length(self) -> None:
         """``total_training_steps`` steps if given, else ``total_epochs`` epochs; ``fit`` loops over epochs."""
         trainer, steps = self.config.trainer, len(self.train_dataloader)
         if trainer.total_training_steps is not None:
             trainer.total_epochs = math.ceil(trainer.total_training_steps / steps)
-        left_out = len(self.train_dataset) - steps * self.global_batch_size
+        usable = self.train_sampler.members.size
+        lost = len(self.train_dataset) - usable
+        if lost and self.is_first_rank:
+            print(f"{lost} rows are of groups that lost a row (over data.max_length): left out")
+        left_out = usable - steps * self.global_batch_size
         if left_out and self.is_first_rank:
-            print(f"{left_out} of {len(self.train_dataset)} rows do not fill a batch: left out of each epoch by turns")
+            print(f"{left_out} of {usable} rows do not fill a batch: left out of each epoch by turns")
 
     @property
     def is_first_rank(self) -> bool:
@@ -147,33 +165,70 @@ class ObjectiveTrainerMixin:
         return trainer.total_training_steps or len(self.train_dataloader) * trainer.total_epochs
 
     def fit(self) -> None:
-        """verl's loop from the first step that is not done, then the export."""
-        if self.resume_global_step < self.total_training_steps:
-            self.train_sampler.start_at(self.resume_global_step % len(self.train_dataloader))
-            # verl's closing prints are a train time of 0 and the mean of batch means: the tracker has both right
-            with replaced(self.verl_module, Tracking=self._tracker, tqdm=_pass_through, print=_silent):
-                super().fit()  # type: ignore[misc]
-            if getattr(self, "tracker", None) is not None:
-                self.tracker.finish()
-        elif self.is_first_rank:
-            print(f"all {self.total_training_steps} steps are done already", flush=True)
-        self.export()
+        """verl's loop from the first step that is not done, then the export and the last step's evaluation."""
+        self.steps_done = self.resume_global_step
+        self.evaluations = Evaluations(self)
+        try:
+            if self.steps_done < self.total_training_steps:
+                self._train()
+            elif self.is_first_rank:
+                print(f"all {self.total_training_steps} steps are done already", flush=True)
+            self.export()
+            self.evaluations.after(self.total_training_steps)
+        finally:
+            if self.tracker:
+                self.tracker.bar.close()  # else it would come after the line that says what went wrong
+        if self.tracker:
+            self.tracker.finish()
+
+    def _train(self) -> None:
+        self.train_sampler.start_at(self.steps_done % len(self.train_dataloader))
+        # verl's closing prints are a train time of 0 and the mean of batch means: the tracker has both right
+        with replaced(self.verl_module, Tracking=self._tracker, tqdm=self._between_steps, print=_silent):
+            super().fit()  # type: ignore[misc]
+        if self.tracker:
+            self.tracker.summarize()
+
+    def _between_steps(self, batches: Iterable[Any], **_: Any) -> Iterator[Any]:
+        """In place of ``tqdm`` in ``fit``, whose bar is the tracker's: what is done between one step and the next.
+
+        All ranks pass here together, after a step's validation and checkpoint. The last step's turn comes after
+        ``fit``, which leaves the loop.
+        """
+        if self.steps_done == self.resume_global_step:
+            self.evaluations.after(self.steps_done)
+        for batch in batches:
+            yield batch
+            self.steps_done += 1
+            self.evaluations.after(self.steps_done)
 
     def _tracker(self, **kwargs: Any) -> RunTracker:
         self.tracker = RunTracker(self, **kwargs)
         return self.tracker
 
+    def open_tracker(self) -> RunTracker:
+        """The run's tracker; opened here where a run has no step to do, only an evaluation."""
+        trainer = self.config.trainer
+        return self.tracker or self._tracker(
+            project_name=trainer.project_name,
+            experiment_name=trainer.experiment_name,
+            default_backend=trainer.logger,
+            config=OmegaConf.to_container(self.config, resolve=True),
+        )
+
     def export(self) -> None:
         """Write ``<output_dir>/model`` as a Hugging Face folder."""
         path = Path(self.config.output_dir) / "model"
-        self.training_client.export(str(path), self.config.export.dtype)
+        self.export_to(path)
         if self.is_first_rank:
             print(f"exported the model to {path}", flush=True)
 
-
-def _pass_through(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
-    """In place of ``tqdm`` in ``fit``: the tracker keeps one bar for the whole run instead of one an epoch."""
-    return iterable
+    def export_to(self, path: Path) -> None:
+        """Write the weights as they are, and what they were trained on; every rank calls it."""
+        tokenizer, record = self.model_config.tokenizer, None  # type: ignore[attr-defined]
+        if self.is_first_rank:
+            record = trained_with(self.config.data.train_files, tokenizer)
+        self.training_client.export(str(path), self.config.export.dtype, record)
 
 
 def _silent(*_: Any, **__: Any) -> None:

@@ -161,10 +161,10 @@ class ObjectiveWorker(TrainingWorker):
         return {**found, "num_tokens": tokens}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def export(self, path: str, dtype: str) -> None:
-        """Write the model as a Hugging Face folder; every rank must call it."""
+    def export(self, path: str, dtype: str, trained_with: dict[str, Any] | None = None) -> None:
+        """Write the model as a Hugging Face folder, with that record in it; every rank must call it."""
         with self.engine.eval_mode():
-            export_model(self.engine, Path(path), dtype)
+            export_model(self.engine, Path(path), dtype, trained_with)
 
     def _prepare(self, data: TensorDict, *, validation: bool) -> None:
         """Tell the engine to call the logits hook, and the bridge what it cannot see from one micro-batch."""
