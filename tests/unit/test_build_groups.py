@@ -14,6 +14,7 @@ import pytest
 from endpoint_helpers import Server, asked, completion, error, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from store_helpers import PLACES, killed
 
 from verl_dft.build.group_plan import (
     Candidates,
@@ -379,6 +380,23 @@ def test_run_again_samples_nothing_and_writes_the_same_bytes(tmp_path: Path) -> 
     assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
     with pytest.raises(InputError, match="std differ"):
         run(config(tmp_path, MODEL, "std=population"), Sources(own=source))
+
+
+@pytest.mark.parametrize("place", [place for place, _ in PLACES])
+def test_killed_anywhere_groups_end_with_the_same_bytes(tmp_path: Path, place: str) -> None:
+    make_problems(tmp_path, teachers=0)
+    more = [MODEL, f"teacher.model={BASE}", "shard_size=7"]
+
+    def build(folder: Path) -> None:
+        run(config(tmp_path, *more, f"output_dir={folder}"), Sources(own=scripted(), teacher=scripted()))
+
+    build(tmp_path / "whole")
+    for nth in (2, 4):  # among the teacher's shards, then among the model's own
+        assert killed(f"{place}:{nth}", lambda: build(tmp_path / "killed"))
+        assert not (tmp_path / "killed" / "statistics.json").exists()
+    build(tmp_path / "killed")
+    for name in ("rows.parquet", "statistics.json", "statistics.md"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_samples_of_a_file_give_the_groups_of_the_same_samples_made_here(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``Sampler`` and ``verl-dft sample`` with a script in the model's place: what is asked, kept, graded and resumed."""
 
 import json
+import resource
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,28 @@ def test_a_source_that_fails_loses_no_finished_shard(tmp_path: Path) -> None:
         Sampler(tmp_path, BASE, {"shard_size": 2}, Breaks(TEXTS)) as sampler,
     ):
         sampler.sample(asks)
+    with Sampler(tmp_path, BASE, {"shard_size": 2}, ScriptedSource(TEXTS)) as sampler:
+        sampler.sample(asks)
+    assert (sampler.num_reused, sampler.num_generated) == (4, 2)
+
+
+def test_a_full_disk_is_one_line_and_costs_one_shard(tmp_path: Path) -> None:
+    class Fills(ScriptedSource):
+        def generate(self, requests: Sequence[SampleRequest]) -> list[GeneratedText]:
+            if len(self.calls) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # no file may grow beyond 16 bytes
+            return super().generate(requests)
+
+    asks, limits = [_ask(str(number)) for number in range(6)], resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(InputError, match="cannot be written to .*; what is stored is kept: make room") as error,
+            Sampler(tmp_path, BASE, {"shard_size": 2}, Fills(TEXTS)) as sampler,
+        ):
+            sampler.sample(asks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
     with Sampler(tmp_path, BASE, {"shard_size": 2}, ScriptedSource(TEXTS)) as sampler:
         sampler.sample(asks)
     assert (sampler.num_reused, sampler.num_generated) == (4, 2)

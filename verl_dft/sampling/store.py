@@ -19,6 +19,7 @@ from typing import Any
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
+from verl_dft.files import writing
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
 
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",(.*)\}\n', re.DOTALL)
@@ -145,6 +146,12 @@ class SampleStore:
         shard = Shard(shard_id([sample.key for sample in samples]), list(samples), dict(facts), round(seconds, 3))
         if shard.id in self._shards:
             return self._shards[shard.id]
+        with writing(self.folder):
+            self._write(shard)
+        self._add(shard)
+        return shard
+
+    def _write(self, shard: Shard) -> None:
         final = self.folder / f"{shard.id}.jsonl"
         part = final.with_name(final.name + _PART)
         # Unbuffered: a line that was appended is in the file, so that a kill leaves what it would leave at that place.
@@ -158,8 +165,6 @@ class SampleStore:
         os.replace(part, final)
         failpoint("store.after_rename")
         _sync_folder(self.folder)
-        self._add(shard)
-        return shard
 
     def _add(self, shard: Shard) -> None:
         self._shards[shard.id] = shard

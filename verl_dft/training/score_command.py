@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
-from verl_dft.files import atomic_write, write_json, write_manifest
+from verl_dft.files import atomic_write, write_json, write_manifest, writing
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.sampling.engine_options import context_length, load_config
 from verl_dft.training import score_statistics as statistics
@@ -26,7 +26,7 @@ from verl_dft.training.configure import world_size
 from verl_dft.training.launch import run_guarded, run_ranks, torchrun_options
 from verl_dft.training.score_rows import scored_table, write_scored
 from verl_dft.training.score_setup import Job, claim, compose_score, load_job, locked, print_plan
-from verl_dft.training.score_shards import ShardStore, score_missing, writing
+from verl_dft.training.score_shards import ShardStore, score_missing
 
 _CLAIMED = "VERL_DFT_SCORE_CLAIMED"
 """Set in the environment of ranks that this command started: it has checked the output directory already."""

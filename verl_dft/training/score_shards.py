@@ -6,17 +6,15 @@ missing ones, and ends with the bytes it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
-from verl_dft.files import atomic_write
+from verl_dft.files import atomic_write, writing
 from verl_dft.training.score_rows import ScoreRows, check_values
 
 if TYPE_CHECKING:
@@ -27,18 +25,6 @@ def shards_of(rows: ScoreRows, shard_size: int) -> list[np.ndarray]:
     """Row numbers of each shard: longest rows first, so that a shard's are of like length and memory runs out early."""
     order = np.argsort(-rows.lengths, kind="stable")
     return [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Tell in one line why a file could not be written (a full disk, mostly); what was written before stays."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written to ({error.strerror or error}); what is stored is kept: make room and run the "
-            "same command again"
-        ) from None
 
 
 class ShardStore:
