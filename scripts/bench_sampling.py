@@ -2,8 +2,8 @@
 
 Both sample every prompt ``--n`` times at temperature 1 in a process of their own, one after the other, ``--pairs``
 times, and in the other order every second time. Ours is all of ``Sampler.sample``: prompts through the chat template,
-seeds, shards through the store, log-probs, grading. Bare is one call of ``vllm.LLM.generate`` on token ids, with
-vLLM's own settings, unseeded and without log-probs. Starting an engine is in neither.
+seeds, shards through the store, log-probs, grading. Bare is one call of ``vllm.LLM.generate`` on token ids, in the
+same number type, else with vLLM's own settings, unseeded and without log-probs. Starting an engine is in neither.
 
     python scripts/bench_sampling.py MODEL PROBLEMS.jsonl --limit 32 --n 8 --max-tokens 256 --pairs 3
 """
@@ -90,8 +90,11 @@ def _bare(options: argparse.Namespace) -> dict[str, Any]:
     ids = encoder.encode_prompts([ask.messages for ask in asks], lambda i: f"problem {asks[i].problem_id}")
     import vllm
 
+    from verl_dft.sampling.engine_options import load_config, stored_dtype
+
     longest = max(map(len, ids)) + options.max_tokens
-    llm = vllm.LLM(options.model, max_model_len=longest, disable_log_stats=True)
+    dtype = stored_dtype(load_config(options.model))  # what ours takes; vLLM itself would cast float32 down
+    llm = vllm.LLM(options.model, dtype=dtype, max_model_len=longest, disable_log_stats=True)
     params = vllm.SamplingParams(temperature=1.0, max_tokens=options.max_tokens, stop_token_ids=sorted(encoder.end_ids))
     begun = time.monotonic()
     outputs = llm.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=False)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
 
     from verl_dft.files import atomic_write
 
-    rows = [{key: _storable(value) for key, value in asdict(sample).items()} for sample in samples]
+    rows = [{key: _storable(value) for key, value in vars(sample).items()} for sample in samples]
     if all(row["logp"] is None for row in rows):
         for row in rows:
             del row["logp"]
