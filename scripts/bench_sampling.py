@@ -3,7 +3,8 @@
 Both sample every prompt ``--n`` times at temperature 1 in a process of their own, one after the other, ``--pairs``
 times, and in the other order every second time. Ours is all of ``Sampler.sample``: prompts through the chat template,
 seeds, shards through the store, log-probs, grading. Bare is one call of ``vllm.LLM.generate`` on token ids, in the
-same number type, else with vLLM's own settings, unseeded and without log-probs. Starting an engine is in neither.
+same number type, else with vLLM's own settings, without our plug-in, unseeded and without log-probs. Starting an engine
+is in neither.
 
     python scripts/bench_sampling.py MODEL PROBLEMS.jsonl --limit 32 --n 8 --max-tokens 256 --pairs 3
 """
@@ -82,6 +83,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def _bare(options: argparse.Namespace) -> dict[str, Any]:
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="4")
+    os.environ["VLLM_PLUGINS"] = ""  # ours keeps vLLM from packing weights, unless the engine is ours
     from verl_dft.data.sources import load_tokenizer
     from verl_dft.data.template import ConversationEncoder
 

@@ -73,7 +73,7 @@ def in_double(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_loss_and_gradient_of_a_batch_are_those_of_the_formula(
     argv: DpoArgv, small_model: Path, other_model: Path, tmp_path: Path, smoothing: float
 ) -> None:
@@ -197,7 +197,10 @@ def test_the_export_is_the_trained_model_ready_to_generate(whole: Path, tiny_bas
 
 @pytest.mark.parametrize(
     ("failpoint", "saved"),
-    [("preference.step:5", [2, 4]), ("checkpoint.before_marker:3", [2, 4])],
+    [
+        ("preference.step:5", [2, 4]),
+        pytest.param("checkpoint.before_marker:3", [2, 4], marks=pytest.mark.slow),
+    ],
     ids=["after-an-update", "during-a-save"],
 )
 def test_killed_and_resumed(
@@ -232,6 +235,7 @@ def test_a_finished_run_exports_again_and_changed_pairs_are_refused(
         prepare(command)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_even_when_killed(ranks: ForkServer, argv: DpoArgv, tmp_path: Path) -> None:
     alone, pair = (argv(tmp_path / name, "trainer.total_training_steps=4") for name in ("alone", "pair"))
     ranks.ok(alone, call=MAIN)
@@ -247,6 +251,7 @@ def test_two_ranks_train_like_one_even_when_killed(ranks: ForkServer, argv: DpoA
     assert refused.codes == [1] and "trainer.n_gpus_per_node: 2 there, 1 here" in refused.log
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_the_export(
     ranks: ForkServer, argv: DpoArgv, small_model: Path, tmp_path: Path
 ) -> None:

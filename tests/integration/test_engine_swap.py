@@ -119,7 +119,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("tied", "float32"), ("untied", "float32"), ("tied", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("tied", "float32"),
+        pytest.param("untied", "float32", marks=pytest.mark.slow),
+        pytest.param("tied", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_with_other_weights_writes_what_a_new_engine_writes(
     models: dict[str, Path], tmp_path: Path, run_command: Callable, kind: str, dtype: str
 ) -> None:
@@ -135,6 +142,7 @@ def test_an_engine_with_other_weights_writes_what_a_new_engine_writes(
     assert "is not a folder" in seen["refused"]
 
 
+@pytest.mark.slow
 def test_the_host_starts_an_engine_only_where_the_last_one_cannot_go_on(
     models: dict[str, Path], tmp_path: Path, run_command: Callable
 ) -> None:

@@ -130,7 +130,7 @@ def test_killed_and_resumed(
 @pytest.mark.parametrize(
     ("number", "world"),
     [
-        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
     ],
@@ -160,7 +160,7 @@ def test_an_interrupted_trainer_leaves_no_command_behind(
         assert process.returncode == 1 and stderr.splitlines()[-1].startswith("interrupted; run the same command")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_failed_evaluation_is_told_and_counted(
     ranks: ForkServer, argv: TrainArgv, tmp_path: Path, world: int
 ) -> None:
@@ -172,7 +172,8 @@ def test_a_failed_evaluation_is_told_and_counted(
     assert (out / "model" / "model.safetensors").is_file() and len(losses(out)) == STEPS
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_failed_evaluation_stops_where_it_should(
     ranks: ForkServer, argv: TrainArgv, tmp_path: Path, run_cli: Callable, whole: tuple[int, Path], world: int
 ) -> None:

@@ -84,15 +84,13 @@ def _check_result(result: dict, rows: list[dict]) -> None:
 _KILLS = ["store.before_append", "store.after_append:9", "store.after_rename"]
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(_KILLS[2:], id="once"), pytest.param(_KILLS, id="thrice", marks=pytest.mark.slow)]
-)
-def test_a_killed_evaluation_goes_on_to_the_same_bytes(
-    model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable, kills: list[str]
+@pytest.mark.slow
+def test_an_evaluation_killed_thrice_goes_on_to_the_same_bytes(
+    model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable
 ) -> None:
     """``kill -9`` under real vLLM; then the rest is generated, what is stored is not, and no byte differs."""
     command = ["evaluate", f"model={model}", *_SMALL, f"output_dir={tmp_path / 'out'}"]
-    for place in kills:
+    for place in _KILLS:
         killed = run_cli(command, timeout=120, env={"VERL_DFT_FAILPOINT": place})
         assert killed.rc == -signal.SIGKILL, killed.stderr[-3000:]
         assert not (tmp_path / "out" / "result.json").exists()

@@ -107,7 +107,11 @@ def test_training_on_scored_rows_sees_its_own_log_probs(
         (2, ()),
         (1, ("data.micro_batch_size_per_gpu=1", "model.use_remove_padding=true")),
         (1, ("shard_size=64", "trainer.log_prob_head=logits")),
-        (2, ("data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=300", "model.use_remove_padding=true")),
+        pytest.param(
+            2,
+            ("data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=300", "model.use_remove_padding=true"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["2-ranks", "packed-one-row", "logits-one-shard", "2-ranks-dynamic"],
 )
@@ -122,7 +126,7 @@ def test_ranks_and_batches_do_not_matter(
     ("world", "failpoints"),
     [
         (1, ("score.before_write:2", "score.before_rename:1", "score.after_write:1", "score.before_rows")),
-        (2, ("score.before_rename:2", "score.after_write:1")),
+        pytest.param(2, ("score.before_rename:2", "score.after_write:1"), marks=pytest.mark.slow),
     ],
     ids=["1-rank", "2-ranks"],
 )
@@ -251,6 +255,7 @@ def test_another_job_is_not_mixed_in(
     assert refused.codes != [0] and "holds something else (notes.txt, …)" in refused.log
 
 
+@pytest.mark.slow
 def test_torchrun_dry_run_and_limit(
     run_command: Callable[..., Any], score_argv: ScoreArgv, scored: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +276,7 @@ def test_torchrun_dry_run_and_limit(
     assert_close(column(out, "behavior_logp"), column(scored)[:10], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_vllm_agrees_and_survives_three_kills(
     run_command: Callable[..., Any], score_argv: ScoreArgv, scored: Path, tmp_path: Path
 ) -> None:

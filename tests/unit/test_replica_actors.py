@@ -163,6 +163,7 @@ def test_when_all_are_dead_the_cause_is_told_and_nothing_finished_is_lost(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_shard_that_fails_everywhere_does_not_go_round_for_ever(cluster: None, tmp_path: Path) -> None:
     make = Make(trouble="bug", at=0, times=99, folder=str(tmp_path))
     with pytest.raises(RuntimeError, match=r"shard 0 failed 3 times, at last so: KeyError: 'no block'"):
@@ -171,6 +172,7 @@ def test_a_shard_that_fails_everywhere_does_not_go_round_for_ever(cluster: None,
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_errors_of_the_user_and_of_the_start_come_as_they_are(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="^prompt 0 is too long$"):
         _texts(Make(trouble="input", at=1, folder=str(tmp_path)), 2)
@@ -181,6 +183,7 @@ def test_errors_of_the_user_and_of_the_start_come_as_they_are(cluster: None, tmp
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_call_given_up_leaves_the_pool_usable_and_a_change_reaches_every_actor(cluster: None, expected: list) -> None:
     from verl_dft.sampling.actors import ActorPool
 
