@@ -209,6 +209,8 @@ else:
                           end=lambda: None)
     evaluations = Evaluations(SimpleNamespace(config=None, is_first_rank=first))
     assert evaluations._wait(one) == "failed so"
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
