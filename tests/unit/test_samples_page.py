@@ -307,7 +307,7 @@ def screenshot(tmp_path: Path, address: str, width: int) -> np.ndarray:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1200, 600])
+@pytest.mark.parametrize("width", [1200, pytest.param(600, marks=pytest.mark.slow)])
 def test_screenshot(width: int, tmp_path: Path) -> None:
     """The page is drawn: dark text on white, the coloured edges of samples, and in a narrow window nothing wider."""
     page = write_samples_page(small(tmp_path))
