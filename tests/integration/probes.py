@@ -44,7 +44,8 @@ def export_and_score(argv: list[str]) -> int:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     mine = list(range(rank, len(trainer.train_dataset), world))
     batch = trainer.collate_fn([trainer.train_dataset[i] for i in mine])
-    settings = {**forward_settings(trainer), "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
+    settings = forward_settings(trainer.config, trainer.model_config.tokenizer)
+    settings |= {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
     output = trainer.training_client.compute_logp(tu.get_tensordict(batch, settings))
     scores = {row: logp.tolist() for row, logp in zip(mine, output["logp"].unbind(), strict=True)}
     Path(config.output_dir, f"scores_{rank}.json").write_text(json.dumps(scores))
@@ -107,7 +108,7 @@ def masked_rows(argv: list[str]) -> int:
     torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX)
     masks = [m * (len(m) < int(longest) - 5) for m in batch["loss_mask"].unbind()]
     batch["loss_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
-    data = tu.get_tensordict(batch, forward_settings(trainer))
+    data = tu.get_tensordict(batch, forward_settings(trainer.config, trainer.model_config.tokenizer))
     metrics = tu.get(trainer.training_client.train_batch(data), "metrics")
     kept = {name: metrics[name] for name in ("loss", "grad_norm", "train/nll", "train/num_tokens")}
     kept["masked"] = sum(not bool(m.any()) for m in masks)

@@ -15,13 +15,12 @@ from verl_dft.data.records import Problem
 from verl_dft.errors import InputError
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.configure import check_count, sampling_of, whole_number
+from verl_dft.sampling.folder import STORE
 from verl_dft.sampling.record import Sample, read_samples
 
 if TYPE_CHECKING:
     from verl_dft.sampling.sampler import OpenSource, Sampler
     from verl_dft.sampling.source import TextSource
-
-STORE = "store"
 
 
 def teacher_kind(config: Mapping[str, Any], composition: Composition) -> str | None:
@@ -131,11 +130,9 @@ def asks_for(
     asks = []
     for problem in problems:
         messages = prompt.messages(problem.problem) if counts.get(problem.id) else []
-        asks += [
-            Ask(problem.id, index, messages, problem.answer, sampling, prompt_name=name, stream=stream,
-                problem=problem.problem, answer_type=config["answer_type"])
-            for index in range(counts.get(problem.id, 0))
-        ]  # fmt: skip
+        first = Ask(problem.id, 0, messages, problem.answer, sampling, prompt_name=name, stream=stream,
+                    problem=problem.problem, answer_type=config["answer_type"])  # fmt: skip
+        asks += first.numbered(range(counts.get(problem.id, 0)))
     return asks
 
 

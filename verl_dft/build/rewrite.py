@@ -218,19 +218,17 @@ def asks_of(problem: Problem, stage: Stage, indices: Sequence[int]) -> list[Ask]
     """Samples ``indices`` of a problem in a stage. The stages have different streams, so their luck is independent."""
     reference = problem.solution if stage.prompt.needs_reference else None
     messages = stage.prompt.messages(problem.problem, reference)
-    return [
-        Ask(
-            problem_id=problem.id,
-            index=index,
-            messages=messages,
-            gold=problem.answer,
-            sampling=stage.sampling,
-            prompt_name=stage.prompt_name,
-            stream=f"rewrite/{stage.name}",
-            problem=problem.problem,
-        )
-        for index in indices
-    ]
+    first = Ask(
+        problem_id=problem.id,
+        index=0,
+        messages=messages,
+        gold=problem.answer,
+        sampling=stage.sampling,
+        prompt_name=stage.prompt_name,
+        stream=f"rewrite/{stage.name}",
+        problem=problem.problem,
+    )
+    return first.numbered(indices)
 
 
 def make_row(outcome: Outcome, options: RewriteOptions, prompt_name: str, prompt: Prompt) -> Row:

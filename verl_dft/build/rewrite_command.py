@@ -23,12 +23,11 @@ from verl_dft.data.prompts import find_prompt
 from verl_dft.data.records import Problem
 from verl_dft.errors import InputError
 from verl_dft.sampling.configure import check_count, compose_sampling, plain, sampling_of, whole_number
+from verl_dft.sampling.folder import STORE
 
 if TYPE_CHECKING:
     from verl_dft.sampling.sampler import OpenSource
     from verl_dft.sampling.source import TextSource
-
-STORE = "store"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,6 +83,7 @@ def _write(
 ) -> None:
     """The statistics last: a folder that has them is complete."""
     from verl_dft.build.rewrite_statistics import markdown
+    from verl_dft.data.problems import inputs_of
     from verl_dft.data.records import write_rows
     from verl_dft.files import atomic_write, write_json
     from verl_dft.sampling.folder import identity
@@ -97,7 +97,7 @@ def _write(
     samples = [sample for _, told in planner.history for sample in told]
     if samples:
         write_samples(folder / "samples.parquet", samples)
-    facts = {"inputs": _inputs(config), "seed": config["seed"], "config": identity(config)}
+    facts = {"inputs": inputs_of(config["data"]), "seed": config["seed"], "config": identity(config)}
     experts = [expert_row(problem, prompt) for problem in planner.problems if has_solution(problem)]
     if experts:
         write_rows(folder / "expert.parquet", experts, **facts)
@@ -177,12 +177,6 @@ def _where(problem: Problem, config: Mapping[str, Any]) -> str:
     return (
         f"{', '.join(map(str, files_of(config['data']))) or config['data']['source']['name']}: problem {problem.id!r}"
     )
-
-
-def _inputs(config: Mapping[str, Any]) -> dict[str, str]:
-    from verl_dft.data.problems import files_of
-
-    return {f"problems{i}" if i else "problems": str(path) for i, path in enumerate(files_of(config["data"]))}
 
 
 # ---- the dry run ----

@@ -44,6 +44,11 @@ def files_of(data: Mapping[str, Any]) -> list[Path]:
     return [Path(file).expanduser() for file in files]
 
 
+def inputs_of(data: Mapping[str, Any]) -> dict[str, str]:
+    """The files that :func:`problems_of` reads, as a manifest names its inputs."""
+    return {f"problems{i}" if i else "problems": str(path) for i, path in enumerate(files_of(data))}
+
+
 def _listed(files: Any) -> list[str | Path]:
     return [files] if isinstance(files, str | Path) else list(files or [])
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from verl_dft.errors import InputError
 from verl_dft.evaluation.benchmarks import Benchmark, load_benchmark
-from verl_dft.evaluation.samples import STORE, wanted_samples
+from verl_dft.evaluation.samples import wanted_samples
 from verl_dft.evaluation.summary import summarize
 from verl_dft.sampling.configure import check_count, check_sampler, plain, sampling_of
-from verl_dft.sampling.folder import VOLATILE, check_folder, identity
+from verl_dft.sampling.folder import STORE, VOLATILE, check_folder, identity
 from verl_dft.sampling.record import Sample, write_samples
 from verl_dft.sampling.sampler import OpenSource, Sampler
 from verl_dft.sampling.source import TextSource

@@ -7,9 +7,6 @@ from verl_dft.data.prompts import render_messages
 from verl_dft.evaluation.benchmarks import Benchmark
 from verl_dft.sampling.ask import Ask, Sampling
 
-STORE = "store"
-"""The folder of the samples within an evaluation's."""
-
 
 def wanted_samples(benchmark: Benchmark, config: Mapping[str, Any]) -> list[Ask]:
     """Problem by problem, sample by sample. Raises InputError for an unknown prompt."""
@@ -17,18 +14,16 @@ def wanted_samples(benchmark: Benchmark, config: Mapping[str, Any]) -> list[Ask]
     asks = []
     for problem in benchmark.problems:
         messages = render_messages(config["prompt"], problem.problem)
-        asks += [
-            Ask(
-                problem.id,
-                index,
-                messages,
-                problem.answer,
-                sampling,
-                prompt_name=config["prompt"],
-                problem=problem.problem,
-                answer_type=problem.answer_type,
-                tolerance=problem.tolerance,
-            )
-            for index in range(config["n"])
-        ]
+        first = Ask(
+            problem.id,
+            0,
+            messages,
+            problem.answer,
+            sampling,
+            prompt_name=config["prompt"],
+            problem=problem.problem,
+            answer_type=problem.answer_type,
+            tolerance=problem.tolerance,
+        )
+        asks += first.numbered(range(config["n"]))
     return asks

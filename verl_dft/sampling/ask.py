@@ -1,7 +1,7 @@
 """What a step wants sampled: a response to these turns, graded against this gold."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,7 @@ class Ask:
     problem: str = ""
     answer_type: str = "auto"
     tolerance: float | None = None
+
+    def numbered(self, indices: Iterable[int]) -> list["Ask"]:
+        """The same ask once for each of ``indices``."""
+        return [replace(self, index=index) for index in indices]

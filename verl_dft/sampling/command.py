@@ -8,12 +8,10 @@ from typing import Any
 from verl_dft.data.records import Problem, write_problems
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.configure import check_count, compose_sampling, plain, sampling_of
-from verl_dft.sampling.folder import check_folder, identity
+from verl_dft.sampling.folder import STORE, check_folder, identity
 from verl_dft.sampling.record import Sample, write_samples
 from verl_dft.sampling.sampler import OpenSource, Sampler
 from verl_dft.sampling.source import TextSource
-
-STORE = "store"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,20 +42,18 @@ def asks_of(problems: Sequence[Problem], config: Mapping[str, Any], stream: str 
     asks = []
     for problem in problems:
         messages = render_messages(config["prompt"], problem.problem)
-        asks += [
-            Ask(
-                problem.id,
-                index,
-                messages,
-                problem.answer,
-                sampling,
-                prompt_name=config["prompt"],
-                stream=stream,
-                problem=problem.problem,
-                answer_type=config.get("answer_type", "auto"),
-            )
-            for index in range(n)
-        ]
+        first = Ask(
+            problem.id,
+            0,
+            messages,
+            problem.answer,
+            sampling,
+            prompt_name=config["prompt"],
+            stream=stream,
+            problem=problem.problem,
+            answer_type=config.get("answer_type", "auto"),
+        )
+        asks += first.numbered(range(n))
     return asks
 
 
@@ -85,6 +81,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     Raises:
         InputError: anything a user can put right.
     """
+    from verl_dft.data.problems import inputs_of
     from verl_dft.files import atomic_write, write_json, write_manifest
 
     folder, model = Path(config["output_dir"]), config["model"]["path"]
@@ -100,7 +97,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
     write_manifest(
         folder / "samples.parquet",
-        inputs=_inputs(config),
+        inputs=inputs_of(config["data"]),
         seed=config["seed"],
         model=model,
         engine=sampler.facts,
@@ -118,12 +115,6 @@ def _problems(config: Mapping[str, Any]) -> list[Problem]:
     from verl_dft.data.problems import problems_of
 
     return problems_of(config["data"], config["limit"])
-
-
-def _inputs(config: Mapping[str, Any]) -> dict[str, str]:
-    from verl_dft.data.problems import files_of
-
-    return {f"problems{i}" if i else "problems": str(path) for i, path in enumerate(files_of(config["data"]))}
 
 
 def statistics_of(samples: Sequence[Sample], problem_ids: Sequence[str]) -> dict[str, Any]:

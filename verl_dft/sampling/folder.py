@@ -7,6 +7,9 @@ from typing import Any
 
 from verl_dft.errors import InputError
 
+STORE = "store"
+"""The folder of the samples, within that of what they are for."""
+
 # Cannot change what is written; a run may be continued with other values.
 VOLATILE = ("output_dir", "overwrite", "grading", "num_replicas", "dry_run")
 

@@ -14,13 +14,14 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import Grade, GraderPool
 from verl_dft.sampling.ask import Ask
-from verl_dft.sampling.engine import SampleRequest, VLLMEngine, context_length, load_config
+from verl_dft.sampling.engine import SampleRequest, context_length, load_config
 from verl_dft.sampling.fingerprint import model_fingerprint
 from verl_dft.sampling.grader import BackgroundGrader
 from verl_dft.sampling.progress import Progress
 from verl_dft.sampling.record import Sample
 from verl_dft.sampling.seeds import sample_seed
 from verl_dft.sampling.shards import Sampled, Wanted, missing_of, sample_all
+from verl_dft.sampling.shared import start_engine
 from verl_dft.sampling.source import TextSource
 from verl_dft.sampling.store import SampleStore, StoredSample, sample_key
 from verl_dft.sampling.watch import ShardWatch
@@ -31,6 +32,7 @@ _NOT_OF_THE_TEXT = ("max_model_len", "gpu_memory_utilization", "kv_cache_gib", "
 _NOT_OF_THE_SOURCE = ("kv_cache_memory_bytes", "max_model_len")
 _DEFAULTS = {"seed": 0, "shard_size": 256, "deterministic": True, "num_replicas": 1, "want_logp": False}
 
+_Turns = tuple[tuple[str, str], ...]
 OpenSource = Callable[[int], AbstractContextManager[TextSource]]
 """Opens what generates, given the longest prompt + response in tokens that it must take."""
 
@@ -75,6 +77,7 @@ class Sampler:
             self.context, self._writer = sys.maxsize, source.writer
         self._open = _opener(model, self.config, source)
         self._encoder: Any = None
+        self._prompts: dict[_Turns, list[int]] = {}
         self._may_generate = may_generate
         self.folder = Path(folder)
         self.num_reused = self.num_generated = self.num_tokens = 0
@@ -155,13 +158,8 @@ class Sampler:
 
     def num_context_limited(self, asks: Sequence[Ask]) -> int:
         """How many distinct prompts leave less than ``max_tokens`` of the context."""
-        wanted = self._wanted(asks)
-        limited = {
-            tuple(want.request.prompt_ids)
-            for want, ask in zip(wanted, asks, strict=True)
-            if want.request.max_tokens < ask.sampling.max_tokens
-        }
-        return len(limited)
+        pairs = zip(asks, self._encode(asks), strict=True)
+        return len({tuple(ids) for ask, ids in pairs if self.context - len(ids) < ask.sampling.max_tokens})
 
     # ---- requests ----
 
@@ -190,7 +188,7 @@ class Sampler:
         return wanted
 
     def _encode(self, asks: Sequence[Ask]) -> list[list[int]]:
-        """Prompt ids of each ask; equal turns are encoded once."""
+        """Prompt ids of each ask; equal turns are encoded once, also from one call to the next."""
         if self._served:
             return [[] for _ in asks]
         if self._encoder is None:
@@ -198,11 +196,12 @@ class Sampler:
             from verl_dft.data.template import ConversationEncoder
 
             self._encoder = ConversationEncoder(load_tokenizer(self.model))
-        distinct: dict[tuple[tuple[str, str], ...], Ask] = {}
         turns = [tuple((turn["role"], turn["content"]) for turn in ask.messages) for ask in asks]
+        new: dict[_Turns, Ask] = {}
         for key, ask in zip(turns, asks, strict=True):
-            distinct.setdefault(key, ask)
-        firsts = list(distinct.values())
+            if key not in self._prompts:
+                new.setdefault(key, ask)
+        firsts = list(new.values())
         ids = self._encoder.encode_prompts([a.messages for a in firsts], lambda i: f"problem {firsts[i].problem_id}")
         for ask, prompt in zip(firsts, ids, strict=True):
             if len(prompt) >= self.context:
@@ -210,8 +209,8 @@ class Sampler:
                     f"the prompt of problem {ask.problem_id} has {len(prompt)} tokens, the context of {self.model} "
                     f"{self.context}; leave the problem out, or use a model with a longer context"
                 )
-        by_turns = dict(zip(distinct, ids, strict=True))
-        return [by_turns[key] for key in turns]
+        self._prompts |= zip(new, ids, strict=True)
+        return [self._prompts[key] for key in turns]
 
     # ---- generation ----
 
@@ -256,12 +255,9 @@ class Sampler:
 
 def _opener(model: str, config: Mapping[str, Any], source: TextSource | OpenSource | None) -> OpenSource:
     def engine(max_model_len: int) -> AbstractContextManager[TextSource]:
-        options = {**config["engine"], "max_model_len": config["engine"].get("max_model_len") or max_model_len}
-        if config["num_replicas"] > 1:
-            from verl_dft.sampling.replicas import ReplicaEngines
-
-            return ReplicaEngines(model, config["num_replicas"], seed=config["seed"], **options)
-        return VLLMEngine(model, seed=config["seed"], **options)
+        room = config["engine"].get("max_model_len") or max_model_len
+        options = {"seed": config["seed"], **config["engine"], "max_model_len": room}
+        return start_engine(model, options, config["num_replicas"])
 
     if source is None:
         return engine

@@ -82,7 +82,7 @@ class EngineHost:
             return
         self.close()
         room = max(max_model_len, min(self._max_model_len, context_length(config)))
-        self._source = _start(model, {**options, "max_model_len": room}, num_replicas)
+        self._source = start_engine(model, {**options, "max_model_len": room}, num_replicas)
         self._setup, self._writer, self._shape, self._room = (options, num_replicas), writer, shape, room
         self.num_started += 1
 
@@ -100,7 +100,8 @@ class EngineHost:
         return True
 
 
-def _start(model: str, options: dict[str, Any], num_replicas: int) -> Any:
+def start_engine(model: str, options: Mapping[str, Any], num_replicas: int) -> Any:
+    """A vLLM engine in this process, or ``num_replicas`` in Ray actors. ``options``: of :class:`VLLMEngine`."""
     if num_replicas == 1:
         return VLLMEngine(model, **options)
     from verl_dft.sampling.replicas import ReplicaEngines

@@ -126,23 +126,24 @@ def check(config: DictConfig) -> None:
     _check_objective(config)
 
 
-def _choice(config: DictConfig, key: str, valid: Sequence[Any]) -> None:
+def check_choice(config: DictConfig, key: str, valid: Sequence[Any]) -> None:
+    """Raise :class:`InputError` where the value of ``key`` is not among ``valid``."""
     value = OmegaConf.select(config, key)
     if value not in valid:
         raise InputError(f"{key}={value} is not one of {', '.join(map(str, valid))}")
 
 
 def _check_choices(config: DictConfig) -> None:
-    _choice(config, "launcher", ("torchrun", "ray"))
-    _choice(config, "trainer.reduction", REDUCTIONS)
-    _choice(config, "trainer.log_prob_head", HEADS)
-    _choice(config, "precision", ("fp32", "bf16"))
-    _choice(config, "export.dtype", _DTYPES)
-    _choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
+    check_choice(config, "launcher", ("torchrun", "ray"))
+    check_choice(config, "trainer.reduction", REDUCTIONS)
+    check_choice(config, "trainer.log_prob_head", HEADS)
+    check_choice(config, "precision", ("fp32", "bf16"))
+    check_choice(config, "export.dtype", _DTYPES)
+    check_choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
     if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
         raise InputError("trainer.resume_mode=resume_path needs trainer.resume_from_path=…/checkpoints/global_step_N")
-    _choice(config, "data.overlong", OVERLONG)
-    _choice(config, "optim.lr_scheduler_type", ("constant", "cosine"))
+    check_choice(config, "data.overlong", OVERLONG)
+    check_choice(config, "optim.lr_scheduler_type", ("constant", "cosine"))
     steps = config.trainer.total_training_steps
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise InputError(f"trainer.total_training_steps={steps} must be at least 1, or null for whole epochs")
@@ -150,8 +151,8 @@ def _check_choices(config: DictConfig) -> None:
         raise InputError(f"trainer.seed={config.trainer.seed} must be a whole number of at least 0")
     if not config.optim.clip_grad or config.optim.clip_grad < 0:
         raise InputError(f"optim.clip_grad={config.optim.clip_grad} must be above 0; a large number switches it off")
-    _choice(config, "engine.strategy", ("fsdp2",) if config.trainer.device == "cpu" else ("fsdp", "fsdp2"))
-    _check_loggers(config.trainer.logger)
+    check_choice(config, "engine.strategy", ("fsdp2",) if config.trainer.device == "cpu" else ("fsdp", "fsdp2"))
+    check_loggers(config.trainer.logger)
     for key in ("train_batch_size", "max_length", "micro_batch_size_per_gpu"):
         value = config.data[key]
         if not isinstance(value, int) or value < 1:
@@ -166,11 +167,11 @@ def _check_choices(config: DictConfig) -> None:
     every = config.trainer.eval_every
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise InputError(f"trainer.eval_every={every} must be a number of steps of at least 1, or null (never)")
-    _choice(config, "trainer.eval_failure", ON_FAILURE)
+    check_choice(config, "trainer.eval_failure", ON_FAILURE)
 
 
-def _check_loggers(logger: str | Sequence[str]) -> None:
-    """verl would find out after the model is loaded."""
+def check_loggers(logger: str | Sequence[str]) -> None:
+    """Raise :class:`InputError` for a logger that cannot be: verl would find out after the model is loaded."""
     for name in [logger] if isinstance(logger, str) else logger or ():
         if name not in LOGGERS:
             raise InputError(f"trainer.logger: {name!r} is not one of {', '.join(LOGGERS)}")

@@ -13,7 +13,7 @@ from verl_dft.config import compose, group_options, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.paths import configs_dir
-from verl_dft.training.configure import LOGGERS, has_accelerator
+from verl_dft.training.configure import check_choice, check_loggers, has_accelerator
 from verl_dft.training.resume import Checkpoint, resume_point
 
 CONFIG = "dpo"
@@ -106,22 +106,18 @@ def _complete(config: DictConfig) -> None:
 
 
 def _check_choices(config: DictConfig) -> None:
-    _choice(config, "precision", ("fp32", "bf16"))
-    _choice(config, "export.dtype", ("fp32", "bf16", "fp16"))
-    _choice(config, "trainer.device", ("cpu", "cuda"))
-    _choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
-    _choice(config, "data.overlong", OVERLONG)
-    _choice(config, "optim.lr_scheduler_type", ("cosine", "constant"))
+    check_choice(config, "precision", ("fp32", "bf16"))
+    check_choice(config, "export.dtype", ("fp32", "bf16", "fp16"))
+    check_choice(config, "trainer.device", ("cpu", "cuda"))
+    check_choice(config, "trainer.resume_mode", ("auto", "disable", "resume_path"))
+    check_choice(config, "data.overlong", OVERLONG)
+    check_choice(config, "optim.lr_scheduler_type", ("cosine", "constant"))
     trainer = config.trainer
     if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
         raise InputError("trainer.resume_mode=resume_path needs trainer.resume_from_path=…/checkpoints/global_step_N")
     if config.reference.path and config.model.lora_rank:
         raise InputError("reference.path cannot be combined with model.lora_rank: the model without adapters is one")
-    for name in [trainer.logger] if isinstance(trainer.logger, str) else trainer.logger or ():
-        if name not in LOGGERS:
-            raise InputError(f"trainer.logger: {name!r} is not one of {', '.join(LOGGERS)}")
-        if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-            raise InputError(f"trainer.logger={name} needs a package that is not installed: {LOGGERS[name]}")
+    check_loggers(trainer.logger)
 
 
 def _check_numbers(config: DictConfig) -> None:
@@ -159,12 +155,6 @@ def _check_batch(config: DictConfig) -> None:
             f"data.micro_batch_size_per_gpu={data.micro_batch_size_per_gpu} does not divide a rank's {share} pairs per "
             "step; use a divisor, or auto"
         )
-
-
-def _choice(config: DictConfig, key: str, valid: Sequence[Any]) -> None:
-    value = OmegaConf.select(config, key)
-    if value not in valid:
-        raise InputError(f"{key}={value} is not one of {', '.join(map(str, valid))}")
 
 
 def _whole(config: DictConfig, key: str, least: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from tqdm import tqdm
 from verl.utils import tensordict_utils as tu
 
@@ -18,17 +19,17 @@ from verl_dft.training.batches import PaddedRows
 from verl_dft.training.checkpoint import PATIENCE_S
 
 
-def forward_settings(trainer: Any) -> dict[str, Any]:
+def forward_settings(config: DictConfig, tokenizer: Any) -> dict[str, Any]:
     """What verl's engine must be told about a batch for a forward pass."""
-    data = trainer.config.data
+    data = config.data
     return {
-        "use_remove_padding": trainer.config.model.use_remove_padding,
+        "use_remove_padding": config.model.use_remove_padding,
         "use_dynamic_bsz": data.use_dynamic_bsz,
         "max_token_len_per_gpu": data.max_token_len_per_gpu,
         "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
         "temperature": 1.0,
         "pad_mode": data.pad_mode,
-        "pad_token_id": trainer.model_config.tokenizer.pad_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
 
 
@@ -66,7 +67,7 @@ def _score(trainer: Any, rows: RowDataset, name: str, dp_size: int, dp_rank: int
     size = trainer.global_batch_size
     padded = PaddedRows(rows, size)
     order = [*np.argsort(-rows.lengths, kind="stable").tolist(), *range(len(rows), len(padded))]  # like with like
-    settings = forward_settings(trainer)
+    settings = forward_settings(trainer.config, trainer.model_config.tokenizer)
     found: dict[int, np.ndarray] = {}
     bar = tqdm(total=len(order), desc=f"reference log-probs ({name})", unit="row", disable=dp_rank not in (0, None))
     for start in range(0, len(order), size):

@@ -24,6 +24,7 @@ from verl_dft.training.bridge import ScoreBridge, labels_and_mask
 from verl_dft.training.configure import objective_of
 from verl_dft.training.logprob import token_logp
 from verl_dft.training.reference_kl import token_kl
+from verl_dft.training.reference_scores import forward_settings
 from verl_dft.training.score_head import install_compare_head
 from verl_dft.training.score_rows import KL_COLUMNS
 from verl_dft.training.worker import ObjectiveWorker
@@ -97,7 +98,8 @@ class EngineScorer:
         padded = [*items, *[unscored] * spare]
         mine = list(range(self.dp_rank, len(padded), self.dp_size))
         batch = self.collate([padded[i] for i in mine])
-        output = self.worker.infer_batch(tu.get_tensordict(batch, self._settings()))
+        settings = forward_settings(self.config, self.worker.engine.model_config.tokenizer)
+        output = self.worker.infer_batch(tu.get_tensordict(batch, settings))
         found: dict[int, np.ndarray] = {}
         if output is not None:
             rows = [output[name].unbind() for name in self.names]
@@ -111,18 +113,6 @@ class EngineScorer:
             return []
         whole = {i: values for part in parts for i, values in part.items()}
         return [whole[i] for i in range(len(items))]
-
-    def _settings(self) -> dict[str, Any]:
-        data = self.config.data
-        return {
-            "use_remove_padding": self.config.model.use_remove_padding,
-            "use_dynamic_bsz": data.use_dynamic_bsz,
-            "max_token_len_per_gpu": data.max_token_len_per_gpu,
-            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
-            "temperature": 1.0,
-            "pad_mode": data.pad_mode,
-            "pad_token_id": self.worker.engine.model_config.tokenizer.pad_token_id,
-        }
 
 
 def _of_response(values: np.ndarray, item: Item) -> np.ndarray:
