@@ -82,6 +82,17 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft train objective=dpo data=runs/rft/pairs.parquet model=FOLDER output_dir=runs/dpo",
         ),
     ),
+    "rl": (
+        "verl_dft.training.online.command",
+        "train online on verl's PPO trainer: GRPO, PPO, GFT, rewriting, distillation",
+        (
+            "verl-dft rl algorithm=grpo data=gsm8k model=FOLDER_OR_HUB_NAME output_dir=runs/grpo",
+            "verl-dft rl algorithm=ppo data=problems.jsonl model=FOLDER trainer.n_gpus_per_node=8 output_dir=runs/ppo",
+            "verl-dft rl algorithm=gft data=problems.jsonl model=FOLDER group.composition=2:6 output_dir=runs/gft",
+            "verl-dft rl algorithm=online_rewrite data=gsm8k model=FOLDER output_dir=runs/rewrite",
+            "verl-dft rl --config-name tiny/rl algorithm=grpo output_dir=runs/tiny/grpo",
+        ),
+    ),
     "evaluate": (
         "verl_dft.evaluation.command",
         "sample with vLLM, grade, and report avg@n with its interval",
@@ -117,7 +128,12 @@ def usage(verb: str | None = None) -> str:
         return "\n".join(lines)
     module, line, examples = _VERBS[verb]
     text = [f"verl-dft {verb}: {line}", "", "examples:", *(f"  {example}" for example in examples)]
-    groups = {"train": ("objective", "data", "model", "hardware"), "data": ("data",), "evaluate": ("benchmark",)}
+    groups = {
+        "train": ("objective", "data", "model", "hardware"),
+        "rl": ("algorithm", "data", "model"),
+        "data": ("data",),
+        "evaluate": ("benchmark",),
+    }
     groups |= dict.fromkeys(("sample", "rewrite", "groups"), ("data", "model")) | {"score": ("model", "hardware")}
     if verb in groups:
         from verl_dft.config import group_options

@@ -25,6 +25,7 @@ def _load() -> None:
     when_imported("verl.workers.config.actor", _widen_config)
     when_imported("verl.trainer.ppo.core_algos", _register_policy_losses)
     when_imported("verl.models.transformers.monkey_patch", _load_trl_only_where_used)
+    when_imported("verl.experimental.agent_loop.agent_loop", _register_agent_loops)
 
 
 def _widen_config(module: ModuleType) -> None:
@@ -37,6 +38,12 @@ def _register_policy_losses(module: ModuleType) -> None:
     from verl_dft.training.policy_loss import register_policy_losses
 
     STATUS["policy_losses"] = " ".join(register_policy_losses(module))
+
+
+def _register_agent_loops(module: ModuleType) -> None:
+    from verl_dft.training.online.registry import register_agent_loops
+
+    register_agent_loops(module)
 
 
 def _load_trl_only_where_used(module: ModuleType) -> None:

@@ -15,7 +15,8 @@ PRIMARY = sorted(path.stem for path in configs_dir().glob("*.yaml"))
 """Files directly in configs/ are primary; those in its folders are options of a group."""
 RECIPES = sorted(path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")
                  if path.name != "expected.yaml")  # fmt: skip
-GROUPS = {"sft": ("objective", "data", "model", "hardware"), "evaluate": ("benchmark",), "data": ("data",)}
+GROUPS = {"sft": ("objective", "data", "model", "hardware"), "evaluate": ("benchmark",), "data": ("data",),
+          "rl": ("algorithm", "hardware/rl")}  # fmt: skip
 """Groups a primary config has options of; an option is composed with the first config that has its group."""
 OPTIONS = sorted(
     (config, group, path.stem)
@@ -24,6 +25,10 @@ OPTIONS = sorted(
     for path in (configs_dir() / group).glob("*.yaml")
     if path.stem != "custom"  # the class is the user's
 )
+ONLINE = [name for name in RECIPES if "- /rl\n" in (recipes_dir() / f"{name}.yaml").read_text()]
+"""Recipes of ``verl-dft rl``; the others are of ``verl-dft train``."""
+ONLINE_KEYS = ("actor_rollout_ref.actor.optim.lr", "data.train_batch_size", "data.max_response_length", "seed",
+               "actor_rollout_ref.actor.policy_loss.loss_mode")  # fmt: skip
 TRAINING_KEYS = ("optim.lr", "data.train_batch_size", "data.max_length", "trainer.seed", "objective._target_")
 
 
@@ -40,16 +45,18 @@ def test_primary_config_composes(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_composes(name):
     config = compose(name, [])
-    for key in TRAINING_KEYS:
+    for key in ONLINE_KEYS if name in ONLINE else TRAINING_KEYS:
         assert OmegaConf.select(config, key) is not None, key
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_checked_as_a_run_would_be(name, tmp_path, monkeypatch):
     from verl_dft.training.configure import compose_training
+    from verl_dft.training.online.configure import compose_rl
 
     monkeypatch.setenv("VERL_DFT_HARDWARE", "cpu")
-    config = compose_training(["--config-name", name, "model=a/model", f"output_dir={tmp_path}"])
+    composed = compose_rl if name in ONLINE else compose_training
+    config = composed(["--config-name", name, "model=a/model", f"output_dir={tmp_path}"])
     assert config.model.path == "a/model"
 
 

@@ -18,7 +18,7 @@ from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode, fsdp_che
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
 from verl_dft.files import missing_files, write_json
-from verl_dft.training.resume import MARKER, Checkpoint, checkpoint_path, completed_steps, resume_point
+from verl_dft.training.resume import MARKER, Checkpoint, checkpoint_path, completed_steps, forget_old, resume_point
 
 PATIENCE_S = 30.0
 """How long a shared file system may take to show the first rank what another machine has written."""
@@ -64,7 +64,7 @@ class MarkedCheckpoints(CheckpointHandler):
         if self.rank == 0:
             self._check_all_here(path)
             write_json(path / MARKER, {"step": step, "world_size": self.world_size, **self.facts})
-            self._forget_old()
+            forget_old(self.default_local_dir, self.max_ckpt_to_keep)
         self._barrier()
         self.saved_at = time.perf_counter()
         failpoint("checkpoint.after_marker")
@@ -110,14 +110,6 @@ class MarkedCheckpoints(CheckpointHandler):
                 f"ranks see different checkpoints in {self.default_local_dir} ({', '.join(map(str, found))}); "
                 "output_dir must lie on a file system that all nodes share"
             )
-
-    def _forget_old(self) -> None:
-        if not self.max_ckpt_to_keep or self.max_ckpt_to_keep < 1:
-            return
-        for step in completed_steps(self.default_local_dir)[: -self.max_ckpt_to_keep]:
-            path = checkpoint_path(self.default_local_dir, step)
-            (path / MARKER).unlink()  # first: a half-deleted folder must not count
-            shutil.rmtree(path, ignore_errors=True)
 
     def _barrier(self) -> None:
         if self.mode == OrchestrationMode.SPMD:

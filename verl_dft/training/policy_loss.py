@@ -6,7 +6,8 @@ verl hands a policy loss padded tensors [B, T] over the response tokens of B seq
 ``old_log_prob`` fills ``old_logp``, ``behavior_logp`` and iw_sft's ``ref_logp``. In verl's default mode it is the
 trainer's own log-prob under the weights at the start of the step, which are those that wrote the text (a synchronous
 trainer syncs before it samples). With ``algorithm.rollout_correction.bypass_mode=true`` it is what vLLM reported while
-sampling. It stays fixed over the mini-batches and epochs of the step.
+sampling. It stays fixed over the mini-batches and epochs of the step. In ``verl-dft rl`` rows say who wrote them, and
+``behavior_logp`` is the sampler's (:mod:`verl_dft.training.policy_rows`).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from verl_dft.errors import InputError
 from verl_dft.objectives import Objective, TokenBatch, TokenLoss
 from verl_dft.origins import ORIGINS
 from verl_dft.training.policy_options import online_names, online_objective
+from verl_dft.training.policy_rows import Rows, current_rows
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -30,13 +32,20 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def token_batch(
-    objective: Objective, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor
+    objective: Objective,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    rows: Rows | None = None,
 ) -> TokenBatch:
     """The padded micro-batch as an objective sees it: N = B * T, row by row; padding is outside ``mask``.
 
     Args:
         objective: gets the fields it requires and no others, as offline.
         old_log_prob, log_prob, advantages, response_mask: [B, T], as verl gives them to a policy loss.
+        rows: who wrote the rows, in a run of ``verl-dft rl``; None: the policy wrote all, ``old_log_prob`` being its
+            log-probs then.
     """
     num_seqs, length = log_prob.shape
     seq = torch.arange(num_seqs, device=log_prob.device).repeat_interleave(length)
@@ -46,6 +55,8 @@ def token_batch(
         "origin": torch.full_like(seq, ORIGINS.index("self")),
         **dict.fromkeys(("old_logp", "behavior_logp", "ref_logp"), old),
     }
+    if rows is not None:
+        fields["origin"], fields["behavior_logp"] = rows.origin[seq], rows.behavior_logp.reshape(-1)
     return TokenBatch(
         logp=full_precision(log_prob).reshape(-1),
         mask=response_mask.reshape(-1).bool(),
@@ -93,7 +104,7 @@ def policy_loss(name: str) -> PolicyLoss:
 
         assert config is not None, "verl passes its actor config to every policy loss"
         objective = online_objective(name, config.policy_loss.get("objective"))
-        batch = token_batch(objective, old_log_prob, log_prob, advantages, response_mask)
+        batch = token_batch(objective, old_log_prob, log_prob, advantages, response_mask, current_rows())
         result = objective(batch)
         losses = torch.where(batch.mask, result.loss, 0.0).view_as(log_prob)
         if rollout_is_weights is not None:  # verl's correction of the sampler's mismatch, as its vanilla loss has it

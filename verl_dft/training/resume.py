@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,16 @@ def completed_steps(folder: str | Path) -> list[int]:
 def checkpoint_path(folder: str | Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return Path(folder) / f"global_step_{step}"
+
+
+def forget_old(folder: str | Path, keep: int | None) -> None:
+    """Delete all whole checkpoints in ``folder`` but the ``keep`` newest; None or less than 1: keep all."""
+    if not keep or keep < 1:
+        return
+    for step in completed_steps(folder)[:-keep]:
+        path = checkpoint_path(folder, step)
+        (path / MARKER).unlink()  # first: a half-deleted folder must not count
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def resume_point(folder: str | Path, *, mode: str, given: str | Path | None, world_size: int) -> Checkpoint | None:

@@ -59,7 +59,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
         config.data.train_files = [str(path) for path in prepared.train]
         config.data.val_files = [str(path) for path in prepared.val] or None
         _check_validation(config)
-        tokenizer = _tokenizer(config)
+        tokenizer = tokenizer_of(config.model)
         check_requirements(config, tokenizer, checkpoint)
         rows = load_rows(config, tokenizer)
         check_same_rows(rows.keys(), output)
@@ -77,11 +77,15 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     return config
 
 
-def check_output(config: DictConfig, output: Path) -> None:
-    """Raise :class:`InputError` if ``output`` holds something else than this run or the remains of a failed start."""
+def check_output(config: DictConfig, output: Path, free: Sequence[str] = ()) -> None:
+    """Raise :class:`InputError` if ``output`` holds something else than this run or the remains of a failed start.
+
+    Args:
+        free: keys that may differ from those of the run, besides those that always may.
+    """
     path = output / "config.yaml"
     if path.is_file() and _has_begun(output):
-        mine, theirs = _fingerprint(config), _fingerprint(OmegaConf.load(path))
+        mine, theirs = _fingerprint(config, free), _fingerprint(OmegaConf.load(path), free)
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         if differing:
             shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in differing[:5])
@@ -129,7 +133,7 @@ def check_same_rows(keys: Mapping[str, str | None], output: Path) -> None:
         )
 
 
-def _fingerprint(config: Any) -> dict[str, Any]:
+def _fingerprint(config: Any, also_free: Sequence[str] = ()) -> dict[str, Any]:
     """Flat key -> value of what decides a run's result."""
     flat: dict[str, Any] = {}
 
@@ -141,22 +145,22 @@ def _fingerprint(config: Any) -> dict[str, Any]:
             flat[prefix] = node
 
     visit(OmegaConf.to_container(config, resolve=True), "")
-    free = (*_FREE_KEYS, "output_dir", "trainer.default_local_dir", "trainer.experiment_name")
+    free = (*_FREE_KEYS, *also_free, "output_dir", "trainer.default_local_dir", "trainer.experiment_name")
     return {k: v for k, v in flat.items() if not any(k == key or k.startswith(f"{key}.") for key in free)}
 
 
-def _tokenizer(config: DictConfig) -> Any:
-    """The model's tokenizer, as verl would load it."""
+def tokenizer_of(model: DictConfig) -> Any:
+    """The tokenizer of verl's model configuration, as verl would load it."""
     from transformers import AutoTokenizer
 
-    source = config.model.get("tokenizer_path") or config.model.path
+    source = model.get("tokenizer_path") or model.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model.path={source}: no tokenizer could be loaded ({reason})") from None
-    if config.model.get("custom_chat_template"):
-        tokenizer.chat_template = config.model.custom_chat_template
+    if model.get("custom_chat_template"):
+        tokenizer.chat_template = model.custom_chat_template
     return tokenizer
 
 

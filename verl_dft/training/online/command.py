@@ -1,0 +1,73 @@
+"""``verl-dft rl``: prepare, then run the driver as a child, and leave nothing behind however that ends."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from verl_dft.files import atomic_write
+from verl_dft.platform.compat import check_verl_version
+from verl_dft.training.online.configure import compose_rl
+from verl_dft.training.online.prompts import prepare_prompts
+from verl_dft.training.online.supervise import supervise
+from verl_dft.training.resume import resume_point
+from verl_dft.training.setup import check_output, tokenizer_of
+
+_BAD_INPUT = 2
+_FREE_KEYS = ("limits", "poll_s", "rollout_failure", "ray_kwargs", "reward.num_workers")
+"""May differ between a run and its continuation, besides those of ``verl-dft train``."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run an online training. Returns 0 done, 1 failed, 2 bad input that the driver found.
+
+    Raises:
+        InputError: bad input found before Ray is started.
+    """
+    check_verl_version()
+    config = compose_rl(argv)
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / ".setup.lock", timeout=0.0):
+        path = prepare(config, output)
+    command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path)]
+    return supervise(command, environment(config), output)
+
+
+def prepare(config: DictConfig, output: Path) -> Path:
+    """Claim the folder, make the prompts, choose the checkpoint. Returns the file with the driver's configuration."""
+    check_output(config, output, _FREE_KEYS)
+    as_given = OmegaConf.to_yaml(config, resolve=True)
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    point = resume_point(
+        config.trainer.default_local_dir,
+        mode=config.trainer.resume_mode,
+        given=config.trainer.resume_from_path,
+        world_size=ranks,
+    )
+    report = prepare_prompts(config, tokenizer_of(config.actor_rollout_ref.model), output / "data")
+    for part, counts in report.items():
+        if counts:
+            print(
+                f"{part}: {', '.join(f'{key} {count}' for key, count in counts.items())}", file=sys.stderr, flush=True
+            )
+    with atomic_write(output / "config.yaml") as file:  # the input was good: the directory is this run's now
+        file.write(as_given)
+    config.trainer.resume_mode = "resume_path" if point else "disable"
+    config.trainer.resume_from_path = str(point.path) if point else None
+    driver = output / "data" / "driver.yaml"
+    with atomic_write(driver) as file:
+        file.write(OmegaConf.to_yaml(config, resolve=True))
+    return driver
+
+
+def environment(config: DictConfig) -> dict[str, str]:
+    """What the driver and its workers find in their environment besides this process's."""
+    found = {"TENSORBOARD_DIR": str(Path(config.output_dir) / "tensorboard"), "WANDB_DIR": config.output_dir}
+    if config.trainer.device == "cpu":
+        # a KV cache of 1 GiB, and no binding to cores, which other workers need
+        found |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {name: os.environ.get(name, value) for name, value in found.items()}
