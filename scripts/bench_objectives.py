@@ -39,7 +39,7 @@ OPTIONS = {
     "psft": ["data.mini_batch_size={half}"],
     "asft-k3": ["objective.kl=k3"],
 }
-NAMES = [*GOALS, "chord", "focal", "eaft"]
+NAMES = [*GOALS, "chord", "focal", "eaft", "luffy", "chord_mix"]
 
 
 def every_column(rows: Path, model: str, folder: Path) -> Path:

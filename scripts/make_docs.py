@@ -28,7 +28,7 @@ from verl_dft.objectives import Objective, get_objective, list_objectives, objec
 from verl_dft.training.policy_options import ROLLOUT_IS_REFERENCE, missing_fields  # noqa: E402
 
 DOCUMENTS = ("docs/objectives.md", "docs/extend.md")
-ORDER = ("sft", "dft", "iw_sft", "is_sft", "asft", "psft", "gft", "chord", "focal", "eaft")
+ORDER = ("sft", "dft", "iw_sft", "is_sft", "asft", "psft", "gft", "chord", "focal", "eaft", "luffy", "chord_mix")
 WIDTH = 120
 
 OFF: dict[str, dict[str, tuple[str, str]]] = {
@@ -62,6 +62,8 @@ OFF: dict[str, dict[str, tuple[str, str]]] = {
     "chord": {"cutoff": ("1", "")},
     "focal": {"gamma": ("0", "SFT"), "stop_gradient": ("false", "")},
     "eaft": {"alpha": ("0", "SFT"), "scale": ("", "")},
+    "chord_mix": {"phi": ("false", ""), "eps_low": ("1", ""), "eps_high": ("inf", "")},
+    "luffy": {"gamma": ("null", ""), "eps_low": ("1", ""), "eps_high": ("inf", "")},
 }
 """Objective -> option -> the value at which it does nothing, and the method that is left if that is another one.
 

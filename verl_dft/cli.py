@@ -111,6 +111,28 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft compare runs/evaluate/sft runs/evaluate/dft benchmark=math500,aime24 --json",
         ),
     ),
+    "recipe": (
+        "verl_dft.recipe",
+        "list, show or run recipes: the steps of a paper's table or pipeline, at three scales",
+        (
+            "verl-dft recipe list",
+            "verl-dft recipe show gft/sft_gft_grpo scale=paper",
+            "verl-dft recipe run gft/sft_gft_grpo scale=tiny",
+            "verl-dft recipe run gft/sft_gft_grpo scale=paper model=FOLDER_OR_HUB_NAME --dry-run",
+        ),
+    ),
+    "analyze": (
+        "verl_dft.analysis.command",
+        "the papers' figures from finished runs: token probabilities, KL, entropy, stages, dynamics, sweeps",
+        (
+            "verl-dft analyze tokens runs='{base: runs/score/base, DFT: runs/score/dft}' output_dir=runs/figures",
+            "verl-dft analyze kl runs='{SFT: {16: runs/kl/sft_16, 64: runs/kl/sft_64}}' output_dir=runs/figures",
+            "verl-dft analyze entropy runs='{GRPO: runs/grpo}' output_dir=runs/figures",
+            "verl-dft analyze stages runs='{base: runs/by_stage}' output_dir=runs/figures",
+            "verl-dft analyze dynamics runs='{SFT: runs/sft, DFT: [runs/d1, runs/d2]}' smooth=8 output_dir=runs/fig",
+            "verl-dft analyze sweep runs='{GFT: [runs/eval/a, runs/eval/b]}' key=objective.tau output_dir=runs/fig",
+        ),
+    ),
     "demo": (
         "verl_dft.demo",
         "SFT and DFT from one base on the tiny world, evaluated and tabulated, in minutes on a CPU",

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         records = runner.run(steps)
     except StepError as error:
-        print(f"error: {error}\n{_tail(runner)}", file=sys.stderr)
+        print(f"error: {error}\n{runner.tail()}", file=sys.stderr)
         return 1
     from verl_dft.demo_report import write_report
 
@@ -155,11 +154,3 @@ def _default_at_once() -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if has_accelerator() else min(2, cores)
-
-
-def _tail(runner: StepRunner, lines: int = 15) -> str:
-    """The end of the failed step's log."""
-    if runner.failed is None:
-        return ""
-    text: Any = runner.log(runner.failed).read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"  | {line[-300:]}" for line in text[-lines:])

@@ -26,6 +26,7 @@ def _load() -> None:
     when_imported("verl.trainer.ppo.core_algos", _register_policy_losses)
     when_imported("verl.models.transformers.monkey_patch", _load_trl_only_where_used)
     when_imported("verl.experimental.agent_loop.agent_loop", _register_agent_loops)
+    when_imported("verl.utils.model", _respect_attention_of_critics)
 
 
 def _widen_config(module: ModuleType) -> None:
@@ -44,6 +45,12 @@ def _register_agent_loops(module: ModuleType) -> None:
     from verl_dft.training.online.registry import register_agent_loops
 
     register_agent_loops(module)
+
+
+def _respect_attention_of_critics(module: ModuleType) -> None:
+    from verl_dft.platform.critic import respect_attention
+
+    respect_attention(module)
 
 
 def _load_trl_only_where_used(module: ModuleType) -> None:

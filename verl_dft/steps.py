@@ -35,7 +35,8 @@ class Step:
 
     ``folder`` is the step's own: nothing else writes there, and it is emptied when the step's configuration changes.
     ``outputs`` must exist afterwards. ``inputs`` are files outside the run whose content matters. ``needs`` names steps
-    that come first. ``progress`` says in a few words how far the running command is.
+    that come first. ``progress`` says in a few words how far the running command is. ``label`` is what it is called on
+    the terminal, where that is not its name.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Step:
     inputs: tuple[Path, ...] = ()
     needs: tuple[str, ...] = ()
     progress: Callable[[], str] | None = None
+    label: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.label or self.name
 
 
 class StepError(RuntimeError):
@@ -55,6 +61,9 @@ class StepError(RuntimeError):
 class StepRunner:
     """Runs steps below ``root``, at most ``at_once`` at a time.
 
+    ``track_code=False``: a step made by other code or with other versions is still done, and reported as such. Then a
+    step's name and command have to say all that decides its outputs.
+
     Raises:
         InputError: ``root`` holds something else than such a run, or another process is running in it.
     """
@@ -62,6 +71,7 @@ class StepRunner:
     root: Path
     at_once: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
+    track_code: bool = True
     echo: Callable[[str], None] = lambda line: print(line, flush=True)
 
     def __post_init__(self) -> None:
@@ -69,6 +79,7 @@ class StepRunner:
         self.running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
         self.done: dict[str, dict[str, Any]] = {}
         self.failed: Step | None = None
+        self.code = _code_hash()
         self.started = self.last_shown = time.monotonic()
         self.shown_width = 0
 
@@ -101,7 +112,7 @@ class StepRunner:
             while waiting or self.running:
                 for step in [s for s in waiting if all(need in self.done for need in s.needs)]:
                     if step.name not in keys:
-                        keys[step.name] = step_key(step, [self.done[need] for need in step.needs])
+                        keys[step.name] = step_key(step, [self.done[need] for need in step.needs], self.track_code)
                         if self._reuse(step, keys[step.name]):
                             waiting.remove(step)
                             continue
@@ -124,6 +135,13 @@ class StepRunner:
         """Where the step's output goes."""
         return self.logs / f"{step.name}.log"
 
+    def tail(self, lines: int = 15) -> str:
+        """The end of the failed step's log; empty where none has failed."""
+        if self.failed is None:
+            return ""
+        text = self.log(self.failed).read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"  | {line[-300:]}" for line in text[-lines:])
+
     def _reuse(self, step: Step, key: str) -> bool:
         record = _read_json(self._record(step))
         if record.get("key") != key or record.get("status") != "done":
@@ -132,7 +150,8 @@ class StepRunner:
             self._record(step).unlink()  # damaged: made anew in an empty folder
             return False
         self.done[step.name] = {**record, "reused": True}
-        self._say(f"{step.name:<14} reused ({record['seconds']:.0f} s when it was made)")
+        other = " by other code" if record.get("code", self.code) != self.code else ""
+        self._say(f"{step.shown:<14} reused ({record['seconds']:.0f} s when it was made{other})")
         return True
 
     def _start(self, step: Step, key: str) -> None:
@@ -151,7 +170,7 @@ class StepRunner:
                 env={**os.environ, **self.env},
             )
         self.running[step.name] = (step, process, time.monotonic())
-        self._say(f"{step.name:<14} {'continued' if continues else 'started'}, log: {self.log(step)}")
+        self._say(f"{step.shown:<14} {'continued' if continues else 'started'}, log: {self.log(step)}")
 
     def _collect(self, keys: Mapping[str, str]) -> None:
         for name, (step, process, begun) in list(self.running.items()):
@@ -164,13 +183,13 @@ class StepRunner:
             if code or missing:
                 self.failed = step
                 why = f"exit code {code}" if code else f"it did not write {missing[0]}"
-                raise StepError(f"step {name} failed after {seconds:.0f} s ({why}); its log: {self.log(step)}")
+                raise StepError(f"step {step.shown} failed after {seconds:.0f} s ({why}); its log: {self.log(step)}")
             outputs = {str(path): sha256_file(path) for path in step.outputs}
-            record = {"key": keys[name], "status": "done", "command": shlex.join(step.command)}
+            record = {"key": keys[name], "status": "done", "command": shlex.join(step.command), "code": self.code}
             record |= {"seconds": round(seconds, 1), "outputs": outputs, "inputs": _hashes(step.inputs)}
             write_json(self._record(step), record)
             self.done[name] = {**record, "reused": False}
-            self._say(f"{name:<14} done in {seconds:.0f} s")
+            self._say(f"{step.shown:<14} done in {seconds:.0f} s")
 
     def _end_all(self) -> None:
         processes = [process for _, process, _ in self.running.values()]
@@ -199,7 +218,7 @@ class StepRunner:
         if not self.running:
             return
         parts = [
-            f"{name} {step.progress() if step.progress else ''}".strip() for name, (step, _, _) in self.running.items()
+            f"{step.shown} {step.progress() if step.progress else ''}".strip() for step, _, _ in self.running.values()
         ]
         line = f"{self._elapsed()} running: {'; '.join(parts)}"
         if sys.stdout.isatty():
@@ -216,10 +235,11 @@ class StepRunner:
             self.shown_width = 0
 
 
-def step_key(step: Step, needed: Iterable[Mapping[str, Any]]) -> str:
+def step_key(step: Step, needed: Iterable[Mapping[str, Any]], track_code: bool = True) -> str:
     """Hash of everything the step's outputs depend on: command, inputs, code, versions, records of the steps before."""
     before = sorted((record["key"], sorted(record["outputs"].values())) for record in needed)
-    parts = [step.command, sorted(_hashes(step.inputs).values()), _code_hash(), versions(), before]
+    made_by = [_code_hash(), versions()] if track_code else []
+    parts = [step.command, sorted(_hashes(step.inputs).values()), *made_by, before]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -54,4 +54,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("eaft", {"alpha": 0.0}),
     ("eaft", {"alpha": 2.0}),
     ("eaft", {"scale": 1.0}),
+    ("chord_mix", {"phi": False}),
+    ("chord_mix", {"phi": True, "eps_low": 0.05, "eps_high": 0.05}),
+    ("luffy", {"gamma": None}),
+    ("luffy", {"gamma": 0.5}),
+    ("luffy", {"eps_low": 0.05, "eps_high": 0.05}),
+    ("luffy", {"eps_low": 1.0, "eps_high": math.inf}),
 ]

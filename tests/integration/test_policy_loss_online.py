@@ -26,6 +26,8 @@ TURNS = [
     ("psft", {}),
     ("chord", {}),
     ("focal", {}),
+    ("luffy", {}),
+    ("chord_mix", {}),
 ]
 STEPS = 2
 """Steps of each objective."""
@@ -108,6 +110,8 @@ def check_objective(name: str, steps: list[dict]) -> None:
             assert weight == pytest.approx(1, abs=0.2) and weight != 1
         elif name == "iw_sft":  # the second update of a step has moved away from the rollout policy
             assert metrics["log_ratio"] != 0 and weight == pytest.approx(1, abs=0.2)
+        elif name in ("luffy", "chord_mix"):  # verl's own command: every row is the policy's
+            assert metrics["others_frac"] == 0 and metrics["clipped_frac"] >= 0 and weight != 0
         elif name == "psft":
             assert loss == pytest.approx(-1, abs=0.2) and metrics["ratio"] != 1 and metrics["clipped_frac"] >= 0
 

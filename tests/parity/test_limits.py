@@ -142,6 +142,17 @@ LIMITS = {
     "focal(gamma=0, stopped) = sft": Limit("focal", {"gamma": 0.0, "stop_gradient": True}, "sft", {}),
     "eaft(alpha=0) = sft": Limit("eaft", {"alpha": 0.0}, "sft", {}),
     "eaft(H=scale) = sft": Limit("eaft", {}, "sft", {}, (scale_entropy,)),
+    "chord_mix(own rows) = psft(A, same clip)": Limit(
+        "chord_mix", {}, "psft", {"use_advantage": True, "eps_high": 0.2}, (all_self,)
+    ),
+    "chord_mix(others' rows) = chord": Limit("chord_mix", {}, "chord", {}, (expert,)),
+    "chord_mix(no phi, others' rows) = sft": Limit("chord_mix", {"phi": False}, "sft", {}, (expert,)),
+    "luffy(own rows) = psft(A, same clip)": Limit(
+        "luffy", {}, "psft", {"use_advantage": True, "eps_high": 0.2}, (all_self,)
+    ),
+    "luffy(no shaping, A=1, others' rows) ~ dft": Limit(
+        "luffy", {"gamma": None}, "dft", {}, (ones, expert), gradient_only=True
+    ),
 }
 
 
@@ -163,7 +174,7 @@ def test_limit(limit: str) -> None:
 def test_the_lattice_is_not_trivial() -> None:
     """Away from the limits the methods differ pairwise, so a limit that holds says something."""
     batch = make_batch(num_seqs=4, dtype=torch.float64)
-    names = ("sft", "dft", "iw_sft", "asft", "psft", "gft", "chord", "focal", "eaft")
+    names = ("sft", "dft", "iw_sft", "asft", "psft", "gft", "chord", "focal", "eaft", "luffy", "chord_mix")
     gradients = [run(get_objective(name), batch) for name in names]
     gradients.append(run(get_objective("is_sft", behavior="all"), batch))
     gradients.append(run(get_objective("asft", kl="k3"), batch))

@@ -131,6 +131,27 @@ def eaft(case: Case, logits: Tensor) -> Tensor:
     return ((-(p * torch.log(p)).sum(-1) / 3) ** 2).detach() * sft(case, logits)
 
 
+def chord_mix(case: Case, logits: Tensor, phi: bool) -> Tensor:
+    """CHORD: PPO's surrogate with clip 0.2 in the policy's row, SFT (times p (1 - p)) in the others."""
+    own = luffy(case, logits)
+    others = chord(case, logits) if phi else sft(case, logits)
+    return torch.stack([own[b] if ORIGIN[b] == 2 else others[b] for b in range(B)])
+
+
+def luffy(case: Case, logits: Tensor, gamma: float | None = 0.1) -> Tensor:
+    """LUFFY: PPO's surrogate with clip 0.2 for the policy's row, -A p / (p + gamma) for the others, row by row."""
+    p, old, rows = token_p(case, logits), token_p(case, case.old_logits), []
+    for b in range(B):
+        a, ratio = case.advantage[b], p[b] / old[b]
+        if ORIGIN[b] == 2:
+            bound = torch.full_like(ratio, 1.2 if a > 0 else 0.8)
+            beyond = ratio > 1.2 if a > 0 else ratio < 0.8
+            rows.append(-a * torch.where(beyond, bound, ratio))
+        else:
+            rows.append(-a * (p[b] if gamma is None else p[b] / (p[b] + gamma)))
+    return torch.stack(rows)
+
+
 EQUATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Case, Tensor], Tensor]]] = {
     "sft-eq1": ("sft", {}, sft),
     "dft-eq9": ("dft", {}, dft),
@@ -153,6 +174,10 @@ EQUATIONS: dict[str, tuple[str, dict[str, Any], Callable[[Case, Tensor], Tensor]
     "focal": ("focal", {}, focal),
     "focal-mirror": ("focal", {"gamma": 1.0, "stop_gradient": True}, focal_mirror),
     "eaft": ("eaft", {"alpha": 2.0}, eaft),
+    "chord_mix": ("chord_mix", {}, lambda c, x: chord_mix(c, x, True)),
+    "chord_mix-mu": ("chord_mix", {"phi": False}, lambda c, x: chord_mix(c, x, False)),
+    "luffy": ("luffy", {}, luffy),
+    "luffy-unshaped": ("luffy", {"gamma": None}, lambda c, x: luffy(c, x, None)),
 }
 
 

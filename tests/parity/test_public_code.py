@@ -107,6 +107,17 @@ def eaft_factory(case: Case, logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1) / 3.0 * ce(case, logits)
 
 
+def luffy_authors(case: Case, logits: Tensor, clip: bool) -> Tensor:
+    """ElliottYan/LUFFY, mix_core_alg.py, reshape p_div_p_0.1; no ``clip``: loss_remove_clip, as in the script."""
+    ratio, a = torch.exp(case.logp(logits) - case.logp(case.old_logits)), case.advantage[:, None]
+    on = -a * ratio
+    if clip:
+        on = torch.maximum(on, -a * torch.clamp(ratio, 1.0 - 0.2, 1.0 + 0.2))
+    prob = torch.exp(case.logp(logits))
+    prefix = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=ratio.dtype)[:, None]  # the third row is the policy's own
+    return -a * prob / (prob + 0.1) * prefix + on * (1 - prefix)
+
+
 PUBLIC: dict[str, tuple[str, dict[str, Any], Callable[[Case, Tensor], Tensor]]] = {
     "sft": ("sft", {}, ce),
     "dft": ("dft", {}, dft_authors),
@@ -127,6 +138,8 @@ PUBLIC: dict[str, tuple[str, dict[str, Any], Callable[[Case, Tensor], Tensor]]] 
     "chord": ("chord", {}, phi_trinity),
     "chord-cutoff": ("chord", {"cutoff": 0.5}, lambda c, x: phi_trinity(c, x, 0.5)),
     "eaft": ("eaft", {}, eaft_factory),
+    "luffy": ("luffy", {}, lambda c, x: luffy_authors(c, x, True)),
+    "luffy-script": ("luffy", {"eps_low": 1.0, "eps_high": math.inf}, lambda c, x: luffy_authors(c, x, False)),
 }
 
 

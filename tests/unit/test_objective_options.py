@@ -58,6 +58,12 @@ BUILT_IN = [name for name in list_objectives() if objective_target(name).startsw
         ("eaft", {"alpha": -1}, "objective.alpha must be >= 0"),
         ("eaft", {"scale": -1}, "objective.scale must be >= 0"),
         ("eaft", {"scale": 0}, "objective.scale must be above 0"),
+        ("chord_mix", {"phi": 1}, "objective.phi must be true or false, got 1"),
+        ("chord_mix", {"eps_low": 1.5}, "objective.eps_low must be in [0, 1] (0.2 is PPO's, 1 is off)"),
+        ("chord_mix", {"eps_high": -0.1}, "objective.eps_high must be >= 0 (0.2 is PPO's, inf is off)"),
+        ("luffy", {"gamma": 0.0}, "objective.gamma must be >= 1e-06 (0.1 is the paper, null is off), got 0.0"),
+        ("luffy", {"eps_low": 1.5}, "objective.eps_low must be in [0, 1] (0.2 is PPO's, 1 is off)"),
+        ("luffy", {"eps_high": -0.1}, "objective.eps_high must be >= 0 (0.2 is PPO's, inf is off)"),
         ("psft", {"eps": 0.1}, "no option 'eps'; valid: eps_low, eps_high, use_advantage"),
         ("sft", {"alpha": 1}, "no option 'alpha'; valid: none"),
     ],
@@ -75,6 +81,8 @@ def test_the_ends_of_ranges_are_allowed() -> None:
         ("iw_sft", {"temperature": 0, "clamp_min": 1, "clamp_max": 1, "ema_decay": 1.0}),
         ("psft", {"eps_low": 1.0, "eps_high": 0}),
         ("chord", {"cutoff": 1.0}),
+        ("chord_mix", {"eps_low": 1.0, "eps_high": 0}),
+        ("luffy", {"gamma": 1e-6, "eps_low": 1.0, "eps_high": 0}),
         ("is_sft", {"clip": 0}),
     ):
         get_objective(name, **options)

@@ -28,7 +28,7 @@ from verl_dft.training.bridge import loss_weight
 from verl_dft.training.policy_loss import register_policy_losses
 from verl_dft.training.policy_options import online_names
 
-EXPECTED = {"sft", "dft", "gft", "is_sft", "iw_sft", "psft", "chord"}
+EXPECTED = {"sft", "dft", "gft", "is_sft", "iw_sft", "psft", "chord", "luffy", "chord_mix"}
 CASES = [
     *((name, {}) for name in online_names()),
     ("dft", {"alpha": 0.5, "floor": 0.1}),
@@ -253,6 +253,8 @@ def test_metrics_are_token_means_over_micro_batches_and_ranks(name: str, split: 
         "chord": {"token_weight": p * (1 - p)},
         "gft": {"advantage": advantage, "rectified_frac": (p < 0.7).double()},
         "psft": {"ratio": ratio, "clipped_frac": (ratio > 1.28).double()},
+        "luffy": {"advantage": advantage, "others_frac": torch.zeros_like(p)},  # verl's own command names no writers
+        "chord_mix": {"others_frac": torch.zeros_like(p)},
         "iw_sft": {},
     }
     for key, values in exact[name].items():

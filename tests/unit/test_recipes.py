@@ -14,7 +14,8 @@ from verl_dft.paths import configs_dir, recipes_dir
 PRIMARY = sorted(path.stem for path in configs_dir().glob("*.yaml"))
 """Files directly in configs/ are primary; those in its folders are options of a group."""
 RECIPES = sorted(path.relative_to(recipes_dir()).with_suffix("").as_posix() for path in recipes_dir().rglob("*.yaml")
-                 if path.name != "expected.yaml")  # fmt: skip
+                 if "\ndefaults:" in path.read_text(encoding="utf-8"))  # fmt: skip
+"""Configurations of one command; those that list steps (verl-dft recipe) are tested elsewhere."""
 GROUPS = {"sft": ("objective", "data", "model", "hardware"), "evaluate": ("benchmark",), "data": ("data",),
           "rl": ("algorithm", "hardware/rl")}  # fmt: skip
 """Groups a primary config has options of; an option is composed with the first config that has its group."""

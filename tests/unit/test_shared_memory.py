@@ -1,5 +1,6 @@
 """What killed processes leave in /dev/shm is removed; what living ones hold is not."""
 
+import multiprocessing
 import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
@@ -38,6 +39,15 @@ def test_only_what_nobody_holds_is_removed() -> None:
     finally:
         held.close()
         held.unlink()
+
+
+def test_a_semaphore_that_only_its_maker_holds_is_kept() -> None:
+    """A run that ends would break another that is starting its workers: they open it by its name."""
+    before = shared_memory_files()
+    semaphore = multiprocessing.get_context("spawn").Semaphore(1)
+    name = f"sem.{semaphore._semlock.name.lstrip('/')}"
+    assert name in shared_memory_files() - before
+    assert name not in remove_abandoned(before) and name in shared_memory_files()
 
 
 def test_what_was_there_before_stays() -> None:

@@ -25,6 +25,8 @@ _TABLE = {
     "chord": "verl_dft.objectives.chord.CHORD",
     "focal": "verl_dft.objectives.focal.Focal",
     "eaft": "verl_dft.objectives.eaft.EAFT",
+    "chord_mix": "verl_dft.objectives.chord_mix.CHORDMix",
+    "luffy": "verl_dft.objectives.luffy.LUFFY",
 }
 _GROUP = "verl_dft.objectives"
 

@@ -20,7 +20,7 @@ class CHORD:
     Reads ``logp`` and ``mask``. With ``cutoff`` below 1, a token with p above it is not trained on and counts in the
     loss with the value its log-probability would have at the cutoff, as in Trinity-RFT.
 
-    This is the SFT part of CHORD-phi; mixing it with reinforcement learning (mu) belongs to the online trainer.
+    This is the SFT part of CHORD-phi; ``chord_mix`` has the part of reinforcement learning beside it.
 
     References:
       Zhang et al., `On-Policy RL Meets Off-Policy Experts <https://arxiv.org/abs/2508.11408>`_, 2025;

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from verl_dft.objectives.batch import TokenBatch, TokenLoss, token_loss
 from verl_dft.objectives.options import check_range, check_switch
@@ -54,11 +55,26 @@ class PSFT:
     def __call__(self, batch: TokenBatch) -> TokenLoss:
         logp = batch.trained(batch.logp)
         advantage = batch.advantage if self.use_advantage else torch.ones_like(logp)
-        log_ratio = logp - batch.old_logp
-        ratio = torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-        bounded = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
-        clipped = bounded * advantage < ratio * advantage
-        gain = torch.where(clipped, bounded, ratio) * advantage
-        moving = ~clipped & (log_ratio.abs() <= MAX_LOG_RATIO)
-        weight = torch.where(moving, ratio * advantage, torch.zeros_like(ratio))
+        gain, weight, clipped, ratio = clipped_surrogate(logp - batch.old_logp, advantage, self.eps_low, self.eps_high)
         return token_loss(batch, -logp, weight, changed=weight != 1, loss=-gain, clipped_frac=clipped, ratio=ratio)
+
+
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, eps_low: float, eps_high: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """PPO's objective, to be raised: ``min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)``.
+
+    Args:
+        log_ratio: [N] nats, with grad.
+        advantage: [N] dimensionless.
+
+    Returns:
+        [N] each: the objective with its grad, what multiplies the gradient of the log-prob in it, bool whether clipped,
+        and the ratio.
+    """
+    ratio = torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    bounded = ratio.clamp(1 - eps_low, 1 + eps_high)
+    clipped = bounded * advantage < ratio * advantage
+    gain = torch.where(clipped, bounded, ratio) * advantage
+    moving = ~clipped & (log_ratio.abs() <= MAX_LOG_RATIO)
+    return gain, torch.where(moving, ratio * advantage, torch.zeros_like(ratio)), clipped, ratio

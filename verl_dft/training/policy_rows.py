@@ -9,10 +9,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from verl_dft.origins import ORIGINS
 
 ORIGIN = "origin"
 """Column of the batch: [B, 1] int64, an index into ``ORIGINS``."""
+SAMPLER_LOGP = "rollout_log_probs"
+"""verl's column of what the sampler reported; absent with ``rollout.calculate_log_probs=false``."""
 
 
 class Rows(NamedTuple):
@@ -21,7 +26,7 @@ class Rows(NamedTuple):
     origin: Tensor
     """[B] int64."""
     behavior_logp: Tensor
-    """[B, T] float32, nats; NaN where the text was not sampled under the row's prompt."""
+    """[B, T] float32, nats; NaN where the text was not sampled under the row's prompt, or the sampler told none."""
 
 
 _ROWS: ContextVar[Rows | None] = ContextVar("verl_dft_rows", default=None)
@@ -52,10 +57,10 @@ def _set(rows: Rows | None) -> Iterator[None]:
 def _rows(data: Any) -> Rows | None:
     if ORIGIN not in data.keys():
         return None
-    from verl_dft.origins import ORIGINS
-
-    fields = data.select(ORIGIN, "rollout_log_probs").to_padded_tensor()
+    names = [name for name in ("response_mask", SAMPLER_LOGP) if name in data.keys()]
+    fields = data.select(ORIGIN, *names).to_padded_tensor()
     origin = fields[ORIGIN].reshape(len(fields[ORIGIN]), -1)[:, 0]
+    if SAMPLER_LOGP not in names:
+        return Rows(origin, torch.full(fields["response_mask"].shape, float("nan"), device=origin.device))
     sampled = (origin == ORIGINS.index("self"))[:, None]
-    logp = fields["rollout_log_probs"].float()
-    return Rows(origin, logp.masked_fill(~sampled, float("nan")))
+    return Rows(origin, fields[SAMPLER_LOGP].float().masked_fill(~sampled, float("nan")))

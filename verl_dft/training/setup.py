@@ -97,10 +97,12 @@ def check_output(config: DictConfig, output: Path, free: Sequence[str] = ()) -> 
         return
     ours = {
         ".setup.lock",
+        ".run.lock",  # this and the next of verl-dft rl
+        "run.log",
         "config.yaml",
         "tensorboard",
         "wandb",
-        *(["data"] if (output / "data" / ".prepare.lock").exists() else []),
+        *(["data"] if any((output / "data" / name).exists() for name in (".prepare.lock", "prompts.json")) else []),
     }
     strangers = sorted(e.name for e in output.iterdir() if e.name not in ours and not is_leftover(e))
     if strangers:

@@ -3,26 +3,29 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.files import atomic_write
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.training.online.configure import compose_rl
+from verl_dft.training.online.lock import only_run
+from verl_dft.training.online.progress import LOG_FILE, Progress
 from verl_dft.training.online.prompts import prepare_prompts
 from verl_dft.training.online.supervise import supervise
+from verl_dft.training.online.teachers import check_teachers
 from verl_dft.training.resume import resume_point
 from verl_dft.training.setup import check_output, tokenizer_of
 
 _BAD_INPUT = 2
-_FREE_KEYS = ("limits", "poll_s", "rollout_failure", "ray_kwargs", "reward.num_workers")
+_FREE_KEYS = ("limits", "poll_s", "verbose", "rollout_failure", "ray_kwargs", "reward.num_workers")
 """May differ between a run and its continuation, besides those of ``verl-dft train``."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run an online training. Returns 0 done, 1 failed, 2 bad input that the driver found.
+    """Run an online training. Returns 0 done, 1 failed, 2 bad input that the driver found; it has said why.
 
     Raises:
         InputError: bad input found before Ray is started.
@@ -31,10 +34,18 @@ def main(argv: Sequence[str]) -> int:
     config = compose_rl(argv)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / ".setup.lock", timeout=0.0):
+    with only_run(output) as lock:
         path = prepare(config, output)
-    command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path)]
-    return supervise(command, environment(config), output)
+        command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path), str(os.getpid())]
+        log = None if config.verbose else output / LOG_FILE
+        if log:
+            print(f"starting Ray, verl and vLLM; what they print is in {log}", file=sys.stderr, flush=True)
+        begun = _step_of(config)
+        with Progress(output, config.trainer.total_training_steps, begun) if log else nullcontext():
+            code = supervise(command, environment(config), output, config.trainer.default_local_dir, [lock], log)
+        if code == 0:
+            print(f"trained; the model is in {output / 'model'}", file=sys.stderr, flush=True)
+        return code
 
 
 def prepare(config: DictConfig, output: Path) -> Path:
@@ -48,7 +59,9 @@ def prepare(config: DictConfig, output: Path) -> Path:
         given=config.trainer.resume_from_path,
         world_size=ranks,
     )
-    report = prepare_prompts(config, tokenizer_of(config.actor_rollout_ref.model), output / "data")
+    tokenizer = tokenizer_of(config.actor_rollout_ref.model)
+    check_teachers(config, tokenizer)
+    report = prepare_prompts(config, tokenizer, output / "data")
     for part, counts in report.items():
         if counts:
             print(
@@ -62,6 +75,12 @@ def prepare(config: DictConfig, output: Path) -> Path:
     with atomic_write(driver) as file:
         file.write(OmegaConf.to_yaml(config, resolve=True))
     return driver
+
+
+def _step_of(config: DictConfig) -> int:
+    """The step after which the run goes on; 0 for a new one."""
+    path = config.trainer.resume_from_path
+    return int(path.rpartition("_")[2]) if config.trainer.resume_mode == "resume_path" else 0
 
 
 def environment(config: DictConfig) -> dict[str, str]:

@@ -30,8 +30,7 @@ def compose_rl(argv: Sequence[str]) -> DictConfig:
         os.environ["VERL_DFT_HARDWARE"] = "gpu" if has_accelerator() else "cpu"
     config = compose(name, overrides)
     require(config, "model.path", "output_dir")
-    with open_dict(config):
-        _complete(config)
+    complete(config)
     check(config)
     return config
 
@@ -52,8 +51,13 @@ def seed_of(config: DictConfig) -> int | None:
     return int(config.seed) if config.seeded_rollouts else None
 
 
+def complete(config: DictConfig) -> None:
+    """Fill in what needs no model or data, in place."""
+    with open_dict(config):
+        _complete(config)
+
+
 def _complete(config: DictConfig) -> None:
-    """Fill in what needs no model or data."""
     config.output_dir = os.path.abspath(config.output_dir)  # a Ray worker's working directory is another
     for model in (config.actor_rollout_ref.model, config.critic.model):
         override = model.get("override_config") or {}
@@ -89,9 +93,15 @@ def check(config: DictConfig) -> None:
     check_loggers(config.trainer.logger)
     policy_loss = config.actor_rollout_ref.actor.policy_loss
     check_policy_loss(policy_loss.loss_mode, OmegaConf.to_container(policy_loss.objective, resolve=True))
+    if config.data.get("apply_chat_template_kwargs"):
+        raise InputError(
+            "data.apply_chat_template_kwargs is not read here, where prompts have the tokens of offline training; "
+            "change the template itself: actor_rollout_ref.model.custom_chat_template"
+        )
     _check_numbers(config)
     _check_batch(config)
     _check_demonstrations(config)
+    _check_mix(config)
 
 
 def _check_numbers(config: DictConfig) -> None:
@@ -134,8 +144,17 @@ def _check_demonstrations(config: DictConfig) -> None:
             )
     if config.rewrite.enabled and rollout.n != 1:
         raise InputError(f"actor_rollout_ref.rollout.n={rollout.n}: rewriting keeps one response of a problem; set 1")
+    if config.rewrite.enabled:
+        from verl_dft.training.online.rewriting import options_of
+
+        options_of(config)
     if not demonstrates(config):
         return
+    if config.distillation.enabled:
+        raise InputError(
+            "distillation.enabled=true: verl's distillation loss does not know who wrote a response; unset "
+            "group.composition and rewrite.enabled"
+        )
     if config.trainer.v1.trainer_mode != TRAINER:
         raise InputError(f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode}: demonstrations need {TRAINER}")
     if config.algorithm.rollout_correction.get("bypass_mode"):
@@ -145,3 +164,26 @@ def _check_demonstrations(config: DictConfig) -> None:
         )
     if config.algorithm.adv_estimator == "gae":
         raise InputError("algorithm.adv_estimator=gae fits a critic to the policy's responses; use grpo with groups")
+
+
+def _check_mix(config: DictConfig) -> None:
+    mix, actor = config.mix, config.actor_rollout_ref.actor
+    if mix.peak is None:
+        return
+    for name in ("peak", "valley"):
+        value = mix[name]
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"mix.{name}={value} must be a share of the loss, in [0, 1]")
+    for name in ("warmup_steps", "decay_steps"):
+        value = mix[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"mix.{name}={value} must be a whole number of steps, at least 0")
+    if config.group.composition is None:
+        raise InputError("mix.peak mixes in demonstrations: set group.composition, e.g. 1:0:7")
+    if actor.loss_agg_mode != "token-mean":
+        raise InputError(
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: mix makes shares of a mean over tokens; "
+            "use token-mean"
+        )
+    if config.algorithm.rollout_correction.get("rollout_is") is not None:
+        raise InputError("algorithm.rollout_correction.rollout_is and mix.peak weigh the same tokens; unset one")

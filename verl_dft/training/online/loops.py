@@ -79,18 +79,25 @@ class SeededLoop(AgentLoopBase):
         """A response as verl wants it; all of its tokens are trained on.
 
         Args:
-            logp: of the sampler under this very prompt; None where there is none.
+            logp: of the sampler under this very prompt; None where there is none (of a run with
+                ``calculate_log_probs=false``, of any row: the batch has no such column then).
         """
         length = self.rollout_config.response_length
+        assert 0 < len(response) <= length, (
+            f"problem {row['extra_info']['problem_id']!r}: a response of {len(response)} tokens ({origin}), and "
+            f"rollout.response_length={length}"  # prompts.py has left longer ones out, and the sampler stops there
+        )
+        if logp is None and self.rollout_config.calculate_log_probs:
+            logp = [_UNKNOWN] * len(response)
         # of text that was not sampled in this step the version is that of the weights that it is shown to
         version = {"min_global_steps": row["global_steps"] - 1, "max_global_steps": row["global_steps"] - 1}
         fields = {**version, **(output.extra_fields if output else {}), ORIGIN: ORIGINS.index(origin), **extra}
         preempted = output.num_preempted if output and output.num_preempted is not None else -1
         return AgentLoopOutput(
             prompt_ids=prompt,
-            response_ids=response[:length],
-            response_mask=[1] * len(response[:length]),
-            response_logprobs=(logp or [_UNKNOWN] * len(response))[:length],
+            response_ids=response,
+            response_mask=[1] * len(response),
+            response_logprobs=logp,
             num_turns=2,
             metrics={"num_preempted": preempted, **(metrics or {})},
             extra_fields={**fields, "turn_scores": [], "tool_rewards": []},

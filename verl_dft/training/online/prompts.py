@@ -15,6 +15,7 @@ from verl_dft.data.template import ConversationEncoder
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, sha256_file, write_json, write_manifest
 from verl_dft.training.online.configure import composition_of
+from verl_dft.training.online.rewriting import overlong_when_guided, unjudged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,22 +35,33 @@ def prepare_prompts(config: DictConfig, tokenizer: "PreTrainedTokenizerBase", fo
     """
     parts = {"train": (problems_of(config.data), inputs_of(config.data)), "val": _validation(config)}
     report: dict[str, Any] = {}
+    placeholder: list[dict[str, Any]] = []  # verl reads a validation file even where it never validates
     for part, (problems, inputs) in parts.items():
         rows, counts = _rows(problems, config, tokenizer, with_demonstrations=part == "train")
         report[part] = {key: count for key, count in counts.items() if count}
-        if part == "train" and len(rows) < config.data.train_batch_size:
+        if part == "train":
+            _check_enough(len(rows), len(problems), report[part], config.data.train_batch_size)
+            placeholder = [{**rows[0], "extra_info": {**rows[0]["extra_info"], "demonstrations": []}}]
+        elif problems and not rows:
             raise InputError(
-                f"{len(rows)} of {len(problems)} problems can be trained on ({_told(report[part])}), too few for one "
-                f"batch of data.train_batch_size={config.data.train_batch_size}; use a smaller batch or more problems"
+                f"none of {len(problems)} validation problems can be used ({_told(report[part])}); give others in "
+                "data.val_files"
             )
         path = folder / (TRAIN if part == "train" else VAL)
-        # verl reads a validation file even where it never validates
-        _write(path, rows or _rows(parts["train"][0][:1], config, tokenizer, with_demonstrations=False)[0])
+        _write(path, rows or placeholder)
         write_manifest(path, inputs=inputs, seed=config.seed, report=report[part])
     _check_same(folder)
     config.data.train_files, config.data.val_files = str(folder / TRAIN), str(folder / VAL)
     write_json(folder / "report.json", report)
     return report
+
+
+def _check_enough(kept: int, read: int, counts: Mapping[str, int], batch: int) -> None:
+    if kept < batch:
+        raise InputError(
+            f"{kept} of {read} problems can be trained on ({_told(counts)}), too few for one batch of "
+            f"data.train_batch_size={batch}; use a smaller batch or more problems"
+        )
 
 
 def _validation(config: DictConfig) -> tuple[list[Problem], dict[str, str]]:
@@ -79,6 +91,7 @@ def _rows(
     keeps_solution = config.rewrite.enabled and with_demonstrations
     _, prompt = find_prompt(config.prompt)
     encoder = ConversationEncoder(tokenizer)
+    unusable = unjudged(problems, config) if keeps_solution else set()
     counts: Counter[str] = Counter()
     usable, texts = [], []
     for problem in problems:
@@ -88,6 +101,8 @@ def _rows(
         missing = (composition.expert + composition.teacher if composition else keeps_solution) - len(shown)
         if not problem.answer.strip():
             counts["without_answer"] += 1
+        elif problem.id in unusable:
+            counts["gold_not_judged"] += 1
         elif missing > 0:
             if config.group.missing == "error":
                 raise InputError(_missing(problem, composition))
@@ -141,12 +156,15 @@ def _overlong(
     ):
         if len(tokens.response) > data.max_response_length:
             long.add(owner)
+    if owners and config.rewrite.enabled:
+        long |= overlong_when_guided(problems, encoder, config)
     if long and config.overlong == "error":
         first = problems[min(long)].id
         raise InputError(
             f"problem {first!r} has a prompt of more than data.max_prompt_length={data.max_prompt_length} tokens or a "
-            f"demonstration of more than data.max_response_length={data.max_response_length} ({len(long)} problems "
-            "have); raise them, or set overlong=drop"
+            f"demonstration of more than data.max_response_length={data.max_response_length}, or its guided prompt and "
+            f"a response are more than rollout.max_model_len ({len(long)} problems have); raise them, or set "
+            "overlong=drop"
         )
     return long
 

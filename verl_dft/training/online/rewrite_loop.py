@@ -6,16 +6,18 @@ from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 
-from verl_dft.build.rewrite import RewriteOptions, RewritePlanner, Stage
-from verl_dft.data.prompts import find_prompt
+from verl_dft.build.rewrite import RewritePlanner
 from verl_dft.data.records import Problem
 from verl_dft.grading.pool import GradeItem, shared_pool
-from verl_dft.sampling.ask import Ask, Sampling
+from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.record import Sample
 from verl_dft.training.online.loops import GroupLoop, demonstrations, encoder_of
+from verl_dft.training.online.rewriting import grading_of, options_of
 
 STAGES = ("self", "guided", "fallback")
 """``extra_fields["stage"]`` of a row, as a number: which stage decided."""
+UNGRADED = ("timeout", "error")
+"""Verdicts of the grader that say nothing about the response; such a sample is not kept."""
 
 
 class RewriteLoop(GroupLoop):
@@ -26,17 +28,16 @@ class RewriteLoop(GroupLoop):
         if not shown:
             return await self.sampled(sampling_params, row)
         problem = _problem(row, shown[0]["text"])
-        planner = RewritePlanner([problem], options_of(self.config), {})
-        spent, begun, taken = 0, time.perf_counter(), 0
+        planner, begun = RewritePlanner([problem], options_of(self.config)), time.perf_counter()
         while (wave := planner.next_wave()) is not None:
-            samples = await self._wave(wave.asks, sampling_params, row)
-            planner.tell(samples)
-            spent, taken = spent + sum(sample.num_tokens for sample in samples), taken + len(samples)
+            planner.tell(await self._wave(wave.asks, sampling_params, row))
         (outcome,) = planner.outcomes()
+        drawn = [sample for _, samples in planner.history for sample in samples]
         extra = {
             "stage": STAGES.index(outcome.stage),
-            "sampled": taken,
-            "sampled_tokens": spent,
+            "sampled": len(drawn),
+            "sampled_tokens": sum(sample.num_tokens for sample in drawn),
+            "no_verdict": sum(sample.grade in UNGRADED for sample in drawn),
             "metrics": {"generate_sequences": time.perf_counter() - begun},
         }
         if outcome.origin == "expert":
@@ -48,56 +49,40 @@ class RewriteLoop(GroupLoop):
 
     async def _wave(self, asks: list[Ask], sampling_params: dict[str, Any], row: dict[str, Any]) -> list[Sample]:
         """The graded samples of a wave, in the order of its asks."""
-        outputs = await asyncio.gather(*(self._sample(ask, sampling_params, row) for ask in asks))
-        ends, length = encoder_of(self.tokenizer).end_ids, self.rollout_config.response_length
+        prompts = [self.prompt_ids(ask.messages) for ask in asks]
+        outputs = await asyncio.gather(
+            *(self._sample(ask, ids, sampling_params, row) for ask, ids in zip(asks, prompts, strict=True))
+        )
         texts = [self.tokenizer.decode(output.token_ids, skip_special_tokens=True) for output in outputs]
         answer_type = row["extra_info"]["answer_type"]
         items = [GradeItem(text, ask.gold, answer_type) for ask, text in zip(asks, texts, strict=True)]
-        kwargs = self.config.reward.custom_reward_function.reward_kwargs
-        pool = shared_pool(kwargs.get("num_workers"), kwargs.get("timeout_s", 10.0), kwargs.get("memory_mb", 2048))
+        pool = shared_pool(**grading_of(self.config))
         grades = await asyncio.get_running_loop().run_in_executor(None, pool.grade, items)
-        samples = []
-        for ask, output, text, grade in zip(asks, outputs, texts, grades, strict=True):
-            cut = len(output.token_ids) >= length and output.token_ids[-1] not in ends
-            samples.append(
-                Sample(
-                    problem_id=ask.problem_id,
-                    index=ask.index,
-                    response=text,
-                    finish_reason="length" if cut else "stop",
-                    grade=grade.verdict,
-                    qwen=grade.qwen,
-                    token_ids=list(output.token_ids),
-                    num_tokens=len(output.token_ids),
-                    logp=output.log_probs,
-                )
+        return [
+            Sample(
+                problem_id=ask.problem_id,
+                index=ask.index,
+                response=text,
+                finish_reason="length" if self._cut(output.token_ids, ids) else "stop",
+                grade=grade.verdict,
+                qwen=grade.qwen,
+                token_ids=list(output.token_ids),
+                num_tokens=len(output.token_ids),
+                logp=output.log_probs,
             )
-        return samples
+            for ask, ids, output, text, grade in zip(asks, prompts, outputs, texts, grades, strict=True)
+        ]
 
-    async def _sample(self, ask: Ask, sampling_params: dict[str, Any], row: dict[str, Any]) -> Any:
+    def _cut(self, response: list[int], prompt: list[int]) -> bool:
+        """Whether a response was cut off: verl's servers do not tell."""
+        room = min(self.rollout_config.response_length, self.rollout_config.max_model_len - len(prompt))
+        return len(response) >= room and response[-1] not in encoder_of(self.tokenizer).end_ids
+
+    async def _sample(self, ask: Ask, prompt: list[int], sampling_params: dict[str, Any], row: dict[str, Any]) -> Any:
         own = {"temperature": ask.sampling.temperature, "top_p": ask.sampling.top_p}
-        params = {**sampling_params, **own}
-        return await self.generate(row, self.prompt_ids(ask.messages), params, ask.stream, ask.index)
+        return await self.generate(row, prompt, {**sampling_params, **own}, ask.stream, ask.index)
 
 
 def _problem(row: dict[str, Any], solution: str) -> Problem:
     extra = row["extra_info"]
     return Problem(extra["problem_id"], extra["problem"], str(row["reward_model"]["ground_truth"]), solution)
-
-
-def options_of(config: Any) -> RewriteOptions:
-    """The planner's options of a run's ``rewrite`` keys; the plain prompt is the run's."""
-    rewrite = config.rewrite
-
-    def stage(name: str, given: Any, prompt: str) -> Stage:
-        prompt_name, found = find_prompt(prompt)
-        sampling = Sampling(given.temperature, given.top_p, 0, config.data.max_response_length)
-        return Stage(name, given.n, sampling, prompt_name, found, rewrite.verifier, rewrite.keep_truncated)
-
-    return RewriteOptions(
-        stage("self", rewrite.self, config.prompt),
-        stage("guided", rewrite.guided, rewrite.guided.prompt),
-        stages=rewrite.stages,
-        wave_size=rewrite.wave_size,
-        seed=config.seed,
-    )

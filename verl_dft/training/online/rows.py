@@ -12,6 +12,7 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 from verl_dft.origins import ORIGINS
 from verl_dft.training.online.loops import ORIGIN
 from verl_dft.training.online.rewrite_loop import STAGES
+from verl_dft.training.policy_rows import SAMPLER_LOGP
 
 SELF = ORIGINS.index("self")
 
@@ -21,7 +22,7 @@ def describe_rows(batch: Any) -> tuple[torch.Tensor, dict[str, float]]:
 
     Returns:
         origins [rows] in the batch's order, and metrics of the rows that are not padding: ``rows/<origin>_frac``,
-        ``rows/<origin>_reward`` (mean), and under rewriting ``rewrite/<stage>_frac`` and what sampling took per problem.
+        ``rows/<origin>_reward`` (mean), under rewriting ``rewrite/<stage>_frac`` and what sampling took per problem.
     """
     fields = tq.kv_batch_get(
         keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields", "rm_scores"]
@@ -48,6 +49,7 @@ def _metrics(extras: Sequence[Mapping[str, Any]], origin: torch.Tensor, rewards:
         found |= {f"rewrite/{name}_frac": (stages == i).float().mean().item() for i, name in enumerate(STAGES)}
         for name in ("sampled", "sampled_tokens"):
             found[f"rewrite/{name}"] = sum(extra[name] for extra in rewritten) / len(rewritten)
+        found["rewrite/no_verdict"] = sum(extra["no_verdict"] for extra in rewritten)  # samples of the step
     return found
 
 
@@ -57,22 +59,28 @@ def settle_sampler_logp(batch: Any, origin: torch.Tensor) -> dict[str, float]:
     verl's corrections for the difference between sampler and trainer then leave them alone.
 
     Returns:
-        verl's metrics of that difference, over the rows that the policy wrote.
+        that difference over the rows that the policy wrote: verl's metrics, of probabilities, and
+        ``training/rollout_logp_diff_mean`` and ``_max``, of log-probs (nats).
     """
-    names = ["old_log_probs", "rollout_log_probs", "response_mask", "responses"]
+    names = ["old_log_probs", SAMPLER_LOGP, "response_mask", "responses"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-    rows = [
-        old if who != SELF else sampled
-        for who, old, sampled in zip(
-            origin.tolist(), data["old_log_probs"].unbind(), data["rollout_log_probs"].unbind(), strict=True
-        )
-    ]
-    settled = torch.nested.as_nested_tensor([row.float() for row in rows], layout=torch.jagged)
-    fields = TensorDict({"rollout_log_probs": settled}, batch_size=len(batch))
-    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
     written = origin == SELF
+    if not written.all():
+        pairs = zip(written.tolist(), data["old_log_probs"].unbind(), data[SAMPLER_LOGP].unbind(), strict=True)
+        rows = [(sampled if own else old).float() for own, old, sampled in pairs]
+        settled = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        fields = TensorDict({SAMPLER_LOGP: settled}, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
     if not written.any():
         return {}
     padded = data.to_padded_tensor()
     own = TensorDict({name: padded[name][written] for name in names}, batch_size=int(written.sum()))
-    return calculate_debug_metrics(DataProto(batch=own))
+    return calculate_debug_metrics(DataProto(batch=own)) | _difference(own)
+
+
+def _difference(own: TensorDict) -> dict[str, float]:
+    difference = (own["old_log_probs"] - own[SAMPLER_LOGP]).abs()[own["response_mask"].bool()]
+    if not len(difference):  # padding alone
+        return {}
+    prefix = "training/rollout_logp_diff"
+    return {f"{prefix}_mean": difference.mean().item(), f"{prefix}_max": difference.max().item()}

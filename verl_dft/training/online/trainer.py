@@ -3,6 +3,7 @@
 import numbers
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ from verl_dft.files import write_json
 from verl_dft.training.export import export_model
 from verl_dft.training.metrics import METRICS_FILE, MetricsFile
 from verl_dft.training.online import rows
-from verl_dft.training.online.configure import TRAINER, demonstrates
-from verl_dft.training.online.watchdog import Watchdog, engine_error
+from verl_dft.training.online.configure import TRAINER
+from verl_dft.training.online.failures import check_groups
+from verl_dft.training.online.mix import mix_rows
+from verl_dft.training.online.watchdog import Watchdog
 from verl_dft.training.policy_rows import online_loss
 from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps, forget_old
-
-HEALTH_TIMEOUT_S = 20.0
-"""A server that does not answer for so long is busy, not dead: Ray tells of a dead one at once."""
 
 
 class OnlineWorker(ActorRolloutRefWorker):
@@ -45,18 +45,16 @@ class OnlineWorker(ActorRolloutRefWorker):
 class OrderedReplayBuffer(ReplayBuffer):
     """verl's buffer, which gives a step's rows in the order of their problems and not in that of their completion.
 
-    A group of which a response could not be made is an error, unless ``rollout_failure=skip``.
+    A group of which a response could not be made or is missing is an error, unless ``rollout_failure=skip``.
     """
 
-    stop_on_failure = True
+    responses: Mapping[str, int] | None = None
+    """Responses of a problem by partition; None: they may be missing."""
 
     def _materialize_batch(self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: dict) -> Any:
-        failed = set(selected_prompt_uids) & self.failure_keys[partition_id]
-        if failed and self.stop_on_failure:
-            raise RolloutFailed(
-                f"{len(failed)} of {len(selected_prompt_uids)} problems of this step lack a response: sampling or "
-                "grading failed (its traceback is above); run the same command again to go on from the last "
-                "checkpoint, or set rollout_failure=skip"
+        if self.responses is not None:
+            check_groups(
+                selected_prompt_uids, partition_snapshot, self.failure_keys[partition_id], self.responses[partition_id]
             )
         place = {uid: number for number, uid in enumerate(self.prompt_global_steps[partition_id])}
 
@@ -67,10 +65,6 @@ class OrderedReplayBuffer(ReplayBuffer):
         return super()._materialize_batch(
             partition_id, selected_prompt_uids, dict(sorted(partition_snapshot.items(), key=order))
         )
-
-
-class RolloutFailed(RuntimeError):
-    """A step's responses could not all be made; the message is one line."""
 
 
 @register_trainer(TRAINER)
@@ -84,12 +78,16 @@ class OnlineTrainer(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # which is what verl asks for in many places
         super().__init__(config=config)
         self._metrics: MetricsFile | None = None
+        self._unmarked: Path | None = None
+        """A checkpoint that is on disk and does not count yet."""
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
         if type(buffer) is ReplayBuffer:  # a user's own sampler stays what it is
             buffer.__class__ = OrderedReplayBuffer
-            buffer.stop_on_failure = self.config.rollout_failure == "stop"
+            if self.config.rollout_failure == "stop":
+                rollout = self.config.actor_rollout_ref.rollout
+                buffer.responses = {"train": rollout.n, "val": rollout.val_kwargs.n}
         buffer.poll_interval = self.config.poll_s
         return buffer
 
@@ -104,7 +102,6 @@ class OnlineTrainer(PPOTrainerSync):
         if not is_distillation_enabled(self.config.get("distillation")):
             actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             self.actor_rollout_wg.set_loss_fn(partial(online_loss, config=actor))
-        self.watchdog.health = self._engine_trouble
 
     def on_init_end(self) -> None:
         with self.watchdog.phase("weight_sync"):
@@ -137,11 +134,18 @@ class OnlineTrainer(PPOTrainerSync):
         origin, described = rows.describe_rows(batch)
         metrics.update(described)
         batch = super()._compute_old_log_prob(batch, metrics)
-        if demonstrates(self.config) and (origin != rows.SELF).any():
-            stale = [name for name in metrics if name.startswith("training/rollout_")]
-            for name in stale:  # of all rows, most of which have no log-probs of the sampler
+        measured = [name for name in metrics if name.startswith("training/rollout_")]
+        if measured:  # of all rows, those that the sampler told nothing about included
+            for name in measured:
                 del metrics[name]
             metrics.update(rows.settle_sampler_logp(batch, origin))
+        return batch
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        batch = super()._compute_advantage(batch, metrics)
+        if self.config.mix.peak is not None:
+            batch, described = mix_rows(batch, self.config, self.global_steps)
+            metrics.update(described)
         return batch
 
     # ---- checkpoints, metrics, export ----
@@ -153,70 +157,69 @@ class OnlineTrainer(PPOTrainerSync):
             (checkpoint_path(folder, later) / MARKER).unlink()  # another history, not this run's
 
     def _save_checkpoint(self) -> None:
-        trainer = self.config.trainer
-        path = checkpoint_path(trainer.default_local_dir, self.global_steps)
-        shutil.rmtree(path, ignore_errors=True)  # left by a run that died while saving
-        super()._save_checkpoint()
+        path = checkpoint_path(self.config.trainer.default_local_dir, self.global_steps)
+        with self.watchdog.phase("save"):
+            shutil.rmtree(path, ignore_errors=True)  # left by a run that died while saving
+            super()._save_checkpoint()
+        self._unmarked = path
+
+    def _mark_checkpoint(self, step: int) -> None:
+        """Make the checkpoint of this step count, now that its metrics, which verl logs later, are on disk."""
+        path, trainer = self._unmarked, self.config.trainer
+        if path is None or step != self.global_steps:
+            return
+        self._unmarked = None
         failpoint("checkpoint.before_marker")
-        write_json(path / MARKER, {"step": self.global_steps, "world_size": trainer.n_gpus_per_node * trainer.nnodes})
+        write_json(path / MARKER, {"step": step, "world_size": trainer.n_gpus_per_node * trainer.nnodes})
         forget_old(trainer.default_local_dir, trainer.max_ckpt_to_keep)
         failpoint("checkpoint.after_marker")
 
+    def _validate(self) -> dict[str, float]:
+        with self.watchdog.phase("validate"):
+            return super()._validate()
+
     def on_validate_begin(self) -> None:
-        self._log_to_file()
+        self._log_to_file(done=self.global_steps)
         super().on_validate_begin()
 
     def on_train_begin(self) -> None:
-        self._log_to_file()
+        self._log_to_file(done=self.global_steps - 1)  # verl has counted on to the step that comes
         super().on_train_begin()
 
-    def _log_to_file(self) -> None:
+    def _log_to_file(self, done: int) -> None:
         """From here on what verl logs goes to ``metrics.jsonl`` too, in which a resumed run has each step once."""
         if self._metrics is None:
-            begun = max(self.global_steps - 1, 0)  # verl has counted on to the step that comes
-            self._metrics = MetricsFile(Path(self.config.output_dir) / METRICS_FILE, begun)
-            self.logger = _LoggerWithFile(self.logger, self._metrics)
+            self._metrics = MetricsFile(Path(self.config.output_dir) / METRICS_FILE, done)
+            self.logger = _LoggerWithFile(self.logger, self._metrics, done, self._mark_checkpoint)
 
     def fit(self, agent_loop_manager: Any) -> None:
         super().fit(agent_loop_manager)
         begun = time.perf_counter()
-        with self.watchdog.phase("update"):
+        with self.watchdog.phase("export"):
             record = trained_with([self.config.data.train_files], self.tokenizer)
             self.actor_rollout_wg.export_model(
                 str(Path(self.config.output_dir) / "model"), self.config.export.dtype, record
             )
         print(f"exported the model in {time.perf_counter() - begun:.1f} s", flush=True)
 
-    # ---- health ----
-
-    def _engine_trouble(self) -> str | None:
-        """What is wrong with a vLLM engine; None where all run or are too busy to answer."""
-        replicas = self.llm_server_manager.get_replicas()
-        asked = [(i, server.__ray_call__.remote(engine_error)) for i, r in enumerate(replicas) for server in r.servers]
-        for number, answer in asked:
-            try:
-                trouble = ray.get(answer, timeout=HEALTH_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError as error:
-                trouble = str(error).splitlines()[0]
-            if trouble:
-                return (
-                    f"the vLLM engine of replica {number} has died in step {self.global_steps} ({trouble}); run the "
-                    "same command again to go on from the last checkpoint"
-                )
-        return None
-
 
 class _LoggerWithFile:
-    """verl's ``Tracking``, and ``metrics.jsonl``."""
+    """verl's ``Tracking``, and ``metrics.jsonl``.
 
-    def __init__(self, tracking: Any, file: MetricsFile) -> None:
-        self.tracking, self.file = tracking, file
+    Args:
+        done: step after which the run goes on; 0 for one that begins. Its line is there already.
+        logged: called with the step when its line is on disk.
+    """
+
+    def __init__(self, tracking: Any, file: MetricsFile, done: int, logged: Callable[[int], None]) -> None:
+        self.tracking, self.file, self.done, self.logged = tracking, file, done, logged
 
     def log(self, data: dict[str, Any], step: int, **kwargs: Any) -> None:
         self.tracking.log(data=data, step=step, **kwargs)
-        self.file.log({name: float(value) for name, value in data.items() if isinstance(value, numbers.Number)}, step)
+        if step > self.done or self.done == 0:  # else: validation before a run goes on
+            numbers_of = {name: float(value) for name, value in data.items() if isinstance(value, numbers.Number)}
+            self.file.log(numbers_of, step)
+        self.logged(step)
 
     def finish(self, exit_code: int = 0) -> None:
         self.file.file.close()

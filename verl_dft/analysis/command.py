@@ -1,0 +1,47 @@
+"""``verl-dft analyze WHAT [key=value …]``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl_dft.errors import InputError
+
+WHATS = ("tokens", "kl", "entropy", "stages", "dynamics", "sweep")
+"""Modules of this package, each with a file of its keys in ``configs/analysis``."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read, draw, write, and print the tables. Returns the exit code 0.
+
+    Raises:
+        InputError: unknown analysis or key, results that are missing, damaged or not comparable.
+    """
+    from verl_dft.analysis.output import check_formats, write
+    from verl_dft.config import command_line, compose, require
+    from verl_dft.sampling.configure import plain
+
+    what, name, overrides = parse(argv)
+    config = compose(name, [f"analysis={what}", *overrides])
+    require(config, "runs", "output_dir")
+    formats, folder = check_formats(plain(config)["formats"]), Path(config.output_dir).expanduser()
+    analysis = importlib.import_module(f"verl_dft.analysis.{what}").run(plain(config))
+    written = write(analysis, what, folder, formats, command_line())
+    print(analysis.markdown(f"verl-dft analyze {what}"))
+    print(f"written: {folder}/{', '.join(path.name for path in written)}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
+    """The analysis, the configuration's name and the overrides.
+
+    Raises:
+        InputError: unknown analysis, or an argument that is no override.
+    """
+    from verl_dft.config import split_config_name
+
+    if not argv or argv[0] not in WHATS:
+        found = f"{argv[0]!r} is no analysis" if argv else "no analysis was named"
+        raise InputError(f"{found}; write verl-dft analyze WHAT …, WHAT one of {', '.join(WHATS)}")
+    return argv[0], *split_config_name(argv[1:], "analyze")

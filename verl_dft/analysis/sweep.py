@@ -1,0 +1,259 @@
+"""Accuracy against a swept key: learning rate and batch size (DFT, Fig. 3), tau with rectified tokens (GFT, Fig. 6).
+
+Accuracy is from ``verl-dft evaluate`` results; a metric of the trainings behind them can be drawn on a second axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+from verl_dft.analysis import style
+from verl_dft.analysis.draw import points_table
+from verl_dft.analysis.dynamics import find_metric, read_curves, unit
+from verl_dft.analysis.estimates import Estimate, over_runs, pooled
+from verl_dft.analysis.output import Analysis, Figure
+from verl_dft.analysis.runs import Point, parse_runs
+from verl_dft.errors import InputError
+from verl_dft.evaluation.compare import load_results
+from verl_dft.evaluation.student import t975
+from verl_dft.training.metrics import METRICS_FILE
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Benchmark -> its ``result.json``."""
+
+
+def run(config: Mapping[str, Any]) -> Analysis:
+    """Keys: ``configs/analysis/sweep.yaml``. Raises InputError for results that are not of one sweep."""
+    if config["reduce"] not in ("mean", "last"):
+        raise InputError(f"reduce={config['reduce']} is not one of mean, last")
+    points, metric = parse_runs(config["runs"]), str(config["metric"])
+    results = {path: _chosen(path, config["benchmark"]) for point in points for path in point.paths}
+    points = placed(points, results, config["key"])
+    base = None if config["baseline"] is None else Path(config["baseline"]).expanduser()
+    baseline = None if base is None else _chosen(base, config["benchmark"])
+    check_same_problems(results if base is None or baseline is None else {**results, base: baseline})
+    records = [_record(point, [accuracy(results[path], metric) for path in point.paths], metric) for point in points]
+    inputs = {f"result_{i}_{name}": _file(path, name) for i, path in enumerate(results) for name in results[path]}
+    tables, level = {"sweep": records}, accuracy(baseline, metric) if baseline else None
+    if level and base and baseline:
+        tables["sweep_baseline"] = [{"path": str(base), "metric": metric, **level.columns()}]
+        inputs |= {f"baseline_{name}": _file(base, name) for name in baseline}
+    x = (config["key"] or "value", config["log_x"])
+    title = f"{metric} on {_benchmarks(results)} (%)"
+    shown = {f"{metric} on {_benchmarks(results)} (fraction)": points_table(records, x[0])}
+    second: list[dict[str, Any]] = []
+    if config["training_metric"]:
+        folders = {path: training_of(path, results[path]) for path in results}
+        second = trained(points, folders, config["training_metric"], config["reduce"])
+        tables["sweep_training"] = second
+        inputs |= {f"training_{i}": folder / METRICS_FILE for i, folder in enumerate(folders.values())}
+        how = "mean over steps" if config["reduce"] == "mean" else "last step"
+        shown[f"{config['training_metric']}, {how}"] = points_table(second, x[0])
+    figure = Figure(lambda axes: draw(axes, records, second, level, x, title), _caption(records, second, config, level))
+    return Analysis(tables, {"sweep": figure}, shown, inputs)
+
+
+def placed(points: Sequence[Point], results: Mapping[Path, Results], key: str | None) -> list[Point]:
+    """Points with their x: as given, or the key's value in the configuration of the training behind each result.
+
+    Results of one label and value are taken for seeds.
+    """
+    if all(point.at is not None for point in points):
+        return list(points)
+    if any(point.at is not None for point in points) or not key:
+        raise InputError("runs has results without a value; write {LABEL: {VALUE: PATH}}, or give the swept key=…")
+    found: dict[tuple[str, float], list[Path]] = {}
+    for point in points:
+        for path in point.paths:
+            found.setdefault((point.label, swept_value(training_of(path, results[path]), key)), []).append(path)
+    order = list(dict.fromkeys(point.label for point in points))
+    return [
+        Point(label, at, tuple(found[label, at]))
+        for label, at in sorted(found, key=lambda k: (order.index(k[0]), k[1]))
+    ]
+
+
+def training_of(path: Path, results: Results) -> Path:
+    """The ``output_dir`` of the training whose model was evaluated: the nearest folder above it with both its files."""
+    model = Path(next(iter(results.values()))["model"]).expanduser()
+    for folder in list(model.parents)[:4]:
+        if (folder / "config.yaml").is_file() and (folder / METRICS_FILE).is_file():
+            return folder
+    raise InputError(
+        f"{path}: its model {model} lies in no training's output_dir (config.yaml, {METRICS_FILE}); leave out key and "
+        "training_metric, and write runs={LABEL: {VALUE: PATH}}"
+    )
+
+
+def swept_value(training: Path, key: str) -> float:
+    """The value of a key in a training's ``config.yaml``. Raises InputError where it is none, or no number."""
+    from omegaconf import OmegaConf
+
+    file = training / "config.yaml"
+    value = OmegaConf.select(OmegaConf.load(file), key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{file}: {key} is {value!r}, not a number; give the swept key, e.g. key=optim.lr")
+    return float(value)
+
+
+def accuracy(results: Results, metric: str) -> Estimate:
+    """``avg``, ``pass@K`` or ``maj@K`` as a fraction, the mean over benchmarks; the interval of avg is over problems.
+
+    Over several benchmarks the degrees of freedom are Welch and Satterthwaite's. pass@K and maj@K have no interval.
+    """
+    if metric == "avg":
+        shares = [[problem["avg"] for problem in result["per_problem"]] for result in results.values()]
+        return _mean_of_means(shares)
+    kind, _, k = metric.partition("@")
+    if kind not in ("pass", "maj") or not k.isdigit():
+        raise InputError(f"metric={metric} is not one of avg, pass@K, maj@K")
+    values = []
+    for name, result in results.items():
+        found = result.get(f"{kind}_at_k", {})
+        if k not in found:
+            have = ", ".join(f"{kind}@{value}" for value in found) or f"no {kind}@K"
+            raise InputError(f"{name} of {result['model']} has no {metric}; it has {have}")
+        values.append(float(found[k]))
+    count = sum(len(result["per_problem"]) for result in results.values())
+    return Estimate(fmean(values), None, None, count, "problems")
+
+
+def trained(points: Sequence[Point], folders: Mapping[Path, Path], name: str, how: str) -> list[dict[str, Any]]:
+    """A training's metric at each point: the mean over its steps, or the last value; of several runs their mean."""
+    records = []
+    for point in points:
+        values = []
+        for path in point.paths:
+            curves = read_curves(folders[path] / METRICS_FILE)
+            key = find_metric(name, curves)
+            if key is None:
+                raise InputError(
+                    f"{folders[path] / METRICS_FILE}: no metric {name!r}; there are: {', '.join(curves)[:300]}"
+                )
+            values.append(curves[key][1][-1] if how == "last" else fmean(curves[key][1]))
+        records.append(_record(point, [over_runs(values)], name))
+    return records
+
+
+def check_same_problems(results: Mapping[Path, Results]) -> None:
+    """Raise InputError unless all were asked the same problems of the same benchmarks, n times each."""
+    (first, a), *others = results.items()
+    for path, b in others:
+        if a.keys() != b.keys():
+            raise InputError(
+                f"{first} has results for {', '.join(a)}, {path} for {', '.join(b)}; name one as benchmark=…"
+            )
+        for name in a:
+            ids = [{problem["id"] for problem in result[name]["per_problem"]} for result in (a, b)]
+            if ids[0] != ids[1] or a[name]["n"] != b[name]["n"]:
+                what = "problems" if ids[0] != ids[1] else "n"
+                raise InputError(f"{first} and {path} have different {what} for {name}; evaluate one of them again")
+
+
+def draw(
+    axes: Any, records: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], level: Estimate | None,
+    x: tuple[str, bool | None], title: str,
+) -> None:  # fmt: skip
+    """A line for each label in percent, the baseline's level, and the training's metric on a second axis."""
+    labels = list(dict.fromkeys(record["label"] for record in records))
+    for index, label in enumerate(labels):
+        _line(axes, [record for record in records if record["label"] == label], 100.0, style.line(index), label)
+    if level:
+        axes.axhline(100 * level.mean, color="#555555", linestyle=":", linewidth=1.2, label="baseline")
+    axes.set_xlabel(x[0])
+    axes.set_ylabel(title)
+    handles = axes.get_legend_handles_labels()
+    if second:
+        other, (name, scale) = axes.twinx(), unit(str(second[0]["metric"]))
+        for index, label in enumerate(labels):
+            look = style.line(index) | {"linestyle": "--", "linewidth": 1.1, "markerfacecolor": "white"}
+            mine = [record for record in second if record["label"] == label]
+            text = f"{label}: {second[0]['metric']} (right)"
+            _line(other, mine, scale, look, text)
+        other.grid(False)
+        other.spines["right"].set_visible(True)
+        other.set_ylabel(name)
+        handles = tuple(a + b for a, b in zip(handles, other.get_legend_handles_labels(), strict=True))
+    _scale_x(axes, sorted({record["at"] for record in records}), x[1])
+    axes.legend(*handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def _line(axes: Any, records: Sequence[Mapping[str, Any]], scale: float, look: Mapping[str, Any], label: str) -> None:
+    means = [scale * record["mean"] for record in records]
+    ends = ([None if r[end] is None else scale * r[end] for r in records] for end in ("low", "high"))
+    axes.errorbar([record["at"] for record in records], means, yerr=style.errors(means, *ends), capsize=2.5,
+                  elinewidth=1, label=label, **look)  # fmt: skip
+
+
+def _scale_x(axes: Any, values: Sequence[float], log: bool | None) -> None:
+    """The swept values as ticks; log where asked for, or where they are more even on that scale."""
+    from matplotlib.ticker import NullLocator
+
+    if log or (log is None and is_geometric(values)):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+
+
+def is_geometric(values: Sequence[float]) -> bool:
+    """Whether sorted values are spaced more evenly in their logarithms; of two, whether they are 8 times apart."""
+    if values[0] <= 0 or values[-1] < 8 * values[0]:
+        return False
+    gaps = [b - a for a, b in pairwise(values)]
+    ratios = [math.log(b / a) for a, b in pairwise(values)]
+    return len(gaps) == 1 or max(ratios) / min(ratios) < max(gaps) / min(gaps)
+
+
+def _mean_of_means(shares: Sequence[Sequence[float]]) -> Estimate:
+    mean, count = fmean(map(fmean, shares)), sum(map(len, shares))
+    if any(len(values) < 2 for values in shares):
+        return Estimate(mean, None, None, count, "problems")
+    parts = [variance(values) / len(values) for values in shares]
+    if not sum(parts):
+        return Estimate(mean, mean, mean, count, "problems")
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, shares, strict=True))
+    width = t975(freedom) * math.sqrt(sum(parts)) / len(parts)
+    return Estimate(mean, mean - width, mean + width, count, "problems")
+
+
+def _record(point: Point, estimates: Sequence[Estimate], metric: str) -> dict[str, Any]:
+    about = {"label": point.label, "at": point.at, "metric": metric, "paths": [str(path) for path in point.paths]}
+    return about | pooled(estimates).columns()
+
+
+def _chosen(path: Path, benchmark: Any) -> dict[str, Any]:
+    found = load_results(path)
+    names = [benchmark] if isinstance(benchmark, str) else list(benchmark or found)
+    if missing := [name for name in names if name not in found]:
+        raise InputError(f"{path} has no result for {missing[0]}; it has {', '.join(found)}")
+    return {name: found[name] for name in names}
+
+
+def _file(path: Path, benchmark: str) -> Path:
+    own = path / "result.json"
+    return own if own.is_file() else next(
+        file for file in sorted(path.glob("*/result.json")) if load_results(file.parent).keys() == {benchmark}
+    )  # fmt: skip
+
+
+def _benchmarks(results: Mapping[Path, Results]) -> str:
+    names = list(next(iter(results.values())))
+    return names[0] if len(names) == 1 else f"{len(names)} benchmarks, mean"
+
+
+def _caption(
+    records: Sequence[Mapping[str, Any]], second: Sequence[Any], config: Mapping[str, Any], level: Estimate | None
+) -> str:
+    over = " or ".join(sorted({record["over"] for record in records if record["low"] is not None}))
+    parts = [f"Bars: 95% interval over {over}." if over else "No intervals."]
+    if second:
+        how = "mean over all logged steps" if config["reduce"] == "mean" else "value at the last logged step"
+        parts.append(f"Dashed, right: {config['training_metric']} of the training, {how}.")
+    if level:
+        parts.append(f"Baseline: {100 * level.mean:.1f}%.")
+    return " ".join(parts)
