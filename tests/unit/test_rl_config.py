@@ -150,6 +150,8 @@ def test_a_command_line_as_a_user_types_it(command):
         ("grpo data.train_batch_size=100 actor_rollout_ref.actor.ppo_mini_batch_size=64", "not a multiple"),
         ("grpo data.train_batch_size=8 actor_rollout_ref.actor.ppo_mini_batch_size=1 trainer.n_gpus_per_node=3",
          "do not split over 3 ranks"),
+        ("grpo data.train_batch_size=4 actor_rollout_ref.actor.ppo_mini_batch_size=4 "
+         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=6", "does not divide the 16 rows"),
         ("grpo limits.start=0", "limits.start=0 must be a number of seconds above 0"),
         ("grpo poll_s=-1", "poll_s=-1"),
         ("grpo seed=-3", "seed=-3"),
@@ -192,6 +194,14 @@ def test_guided_prompts_fit_the_context(rl):
     plain, rewriting = rl(), rl("online_rewrite")
     assert plain.actor_rollout_ref.rollout.max_model_len == 1024 + 2048
     assert rewriting.actor_rollout_ref.rollout.max_model_len == 1024 + 2 * 2048
+
+
+@pytest.mark.parametrize(("problems", "ranks", "size"), [(256, 1, 16), (3, 1, 12), (5, 2, 10), (17, 2, 2)])
+def test_rows_per_pass_divide_a_ranks_rows(rl, problems, ranks, size):
+    config = rl("grpo", f"data.train_batch_size={problems}", f"trainer.n_gpus_per_node={ranks}")
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert actor.ppo_micro_batch_size_per_gpu == rollout.log_prob_micro_batch_size_per_gpu == size
+    assert config.critic.ppo_micro_batch_size_per_gpu == size
 
 
 def test_the_last_step_is_saved_where_nothing_says_when(rl):

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl_dft.build.group_plan import Composition, parse_composition
 from verl_dft.config import compose, require, split_config_name
 from verl_dft.errors import InputError
-from verl_dft.training.configure import check_choice, check_loggers, has_accelerator
+from verl_dft.training.configure import MAX_AUTO_MICRO_BATCH, check_choice, check_loggers, has_accelerator
 from verl_dft.training.policy_options import check_policy_loss
 
 LOOPS = {"plain": "verl_dft", "group": "verl_dft_group", "rewrite": "verl_dft_rewrite"}
@@ -72,8 +72,24 @@ def _complete(config: DictConfig) -> None:
     if rollout.agent.default_agent_loop == LOOPS["plain"]:
         kind = "rewrite" if config.rewrite.enabled else "group" if config.group.composition is not None else "plain"
         rollout.agent.default_agent_loop = LOOPS[kind]
+    _set_micro_batches(config)
     if config.trainer.save_freq == -1:  # verl saves nothing then, not even the last step
         config.trainer.save_freq = 2**31
+
+
+def _set_micro_batches(config: DictConfig) -> None:
+    """Rows per pass where they are ``auto``: verl wants a divisor of the rows that a rank has of an update."""
+    actor, rollout, ranks = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, _ranks(config)
+    rows = actor.ppo_mini_batch_size * rollout.n // ranks
+    size = next((size for size in range(min(rows, MAX_AUTO_MICRO_BATCH), 0, -1) if rows % size == 0), 1)
+    places = ((actor, "ppo"), (config.critic, "ppo"), (rollout, "log_prob"), (config.actor_rollout_ref.ref, "log_prob"))
+    for node, kind in places:
+        if node[f"{kind}_micro_batch_size_per_gpu"] == "auto":
+            node[f"{kind}_micro_batch_size_per_gpu"] = size
+
+
+def _ranks(config: DictConfig) -> int:
+    return config.trainer.n_gpus_per_node * config.trainer.nnodes
 
 
 def _guided_extra(config: DictConfig) -> int:
@@ -117,7 +133,7 @@ def _check_numbers(config: DictConfig) -> None:
 
 def _check_batch(config: DictConfig) -> None:
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
-    n, ranks = config.actor_rollout_ref.rollout.n, config.trainer.n_gpus_per_node * config.trainer.nnodes
+    n, ranks = config.actor_rollout_ref.rollout.n, _ranks(config)
     if mini > batch or batch % mini:
         raise InputError(
             f"data.train_batch_size={batch} is not a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini} "
@@ -127,6 +143,13 @@ def _check_batch(config: DictConfig) -> None:
         raise InputError(
             f"{mini} problems x {n} responses per update do not split over {ranks} ranks; change "
             "actor_rollout_ref.actor.ppo_mini_batch_size or trainer.n_gpus_per_node"
+        )
+    actor = config.actor_rollout_ref.actor
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if not actor.use_dynamic_bsz and micro and (mini * n // ranks) % micro:
+        raise InputError(
+            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} does not divide the {mini * n // ranks} rows"
+            " that a rank has of an update; use auto, or a divisor"
         )
 
 

@@ -55,7 +55,10 @@ class SeededLoop(AgentLoopBase):
         params = {**sampling_params, "max_tokens": self.rollout_config.response_length}
         if (seed := seed_of(self.config)) is not None:
             params["seed"] = response_seed(seed, row["global_steps"], row["extra_info"]["problem_id"], *stream)
-        return await self.server_manager.generate(request_id=uuid4().hex, prompt_ids=prompt, sampling_params=params)
+        output = await self.server_manager.generate(request_id=uuid4().hex, prompt_ids=prompt, sampling_params=params)
+        if output.stop_reason == "aborted" or not output.token_ids:  # the group then counts as failed
+            raise RuntimeError(f"vLLM gave up a response to problem {row['extra_info']['problem_id']!r}")
+        return output
 
     async def sampled(self, sampling_params: dict[str, Any], row: dict[str, Any]) -> AgentLoopOutput:
         """A response of the policy to the row's own prompt."""
