@@ -3,7 +3,7 @@
 #   make lint        ruff                                   make test-all   the slow ones too
 #   make base        the tiny world's base model, anew      make docs       generated parts of docs/
 #   make demo DEMO_ARGS="seed=2 output_dir=runs/demo2"      make test PYTEST_ARGS="-k dft -x"
-#   make PYTHON=python3.12 …
+#   make test-nightly   more online runs and faults         make PYTHON=python3.12 …
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo base test test-slow test-all lint format docs lock clean clean-venv
+.PHONY: help setup demo base test test-slow test-all test-nightly lint format docs lock clean clean-venv
 
 help:
 	@sed -n '1,6s/^# *//p' Makefile
@@ -30,10 +30,13 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not nightly" $(PYTEST_ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not nightly" $(PYTEST_ARGS)
+
+test-nightly: setup
+	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -139,6 +139,7 @@ def test_every_online_objective_trains_two_steps(train: Callable) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_objective_and_its_option_from_verls_command_line(train: Callable) -> None:
     """As a user runs it; tau above 1 rectifies every token, and vLLM's own log-probs are the old ones."""
     extra = [f"{POLICY_LOSS}.loss_mode=gft", f"+{POLICY_LOSS}.objective.tau=1.5"]

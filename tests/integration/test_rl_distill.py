@@ -48,6 +48,7 @@ def distill(run_cli: Callable, tmp_path: Path) -> Callable:
     return run
 
 
+@pytest.mark.nightly
 def test_a_teacher_that_is_the_student_teaches_nothing(distill: Callable, tiny_base: Path) -> None:
     """Before the first update, where the trainer and the teacher's server agree to float32's rounding."""
     first, _ = distill(tiny_base, 2)
@@ -61,6 +62,7 @@ def test_another_teacher_pulls(distill: Callable, other_teacher: Path) -> None:
     assert first["actor/distillation/loss_min"] >= -1e-6  # k3 is not below 0
 
 
+@pytest.mark.nightly
 def test_the_loss_as_a_reward(distill: Callable, other_teacher: Path) -> None:
     """k1, of which verl makes a policy gradient."""
     (step,) = distill(other_teacher, 1, f"{LOSS}.loss_mode=k1", f"{LOSS}.use_policy_gradient=true")

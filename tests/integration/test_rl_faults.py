@@ -75,6 +75,7 @@ def test_the_engine_dies_while_the_trainer_updates(start: Callable, out: Path) -
     assert seconds < 60 and whole(out) == [2]
 
 
+@pytest.mark.nightly
 def test_a_worker_that_writes_responses_dies_while_sampling(start: Callable, out: Path) -> None:
     """verl would wait for its responses for ever."""
     run = start(out)
@@ -109,6 +110,7 @@ def test_a_start_that_takes_too_long(start: Callable, tmp_path: Path) -> None:
     assert "while the workers started; run the same command again to start over" in line
 
 
+@pytest.mark.nightly
 def test_nothing_is_left_of_a_run_whose_command_was_killed(start: Callable, tmp_path: Path) -> None:
     """Nor of one whose driver was, whose folder is free at once."""
     run = start(tmp_path / "run")

@@ -54,6 +54,7 @@ def clipped(row: dict[str, Any]) -> torch.Tensor:
     return -torch.minimum(ratio * row["a"], ratio.clamp(0.8, 1.2) * row["a"])
 
 
+@pytest.mark.nightly
 def test_luffy(train: Callable[..., Captured]) -> None:
     micros, metrics = train(
         "luffy", 2, f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.entropy_coeff=0", f"{ACTOR}.optim.lr=1e-3"

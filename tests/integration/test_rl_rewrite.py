@@ -146,6 +146,7 @@ def test_the_loss_is_is_sfts(run: Captured) -> None:
         assert reported["actor/stored_frac"] == reported["actor/self_frac"] > 0 == reported["actor/unknown_frac"]
 
 
+@pytest.mark.nightly
 def test_with_dft(train: Callable) -> None:
     micros, metrics = train(1, f"{LOSS}.loss_mode=dft", f"~{LOSS}.objective.behavior")
     assert len(metrics) == 1 and metrics[0]["rewrite/self_frac"] > 0

@@ -68,6 +68,7 @@ def test_torchrun_on_every_machine(slurm: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_on_every_machine_and_none_left(slurm: dict[str, str]) -> None:
     """Two raylets join one cluster, the command finds both, its exit code is the script's, and Ray ends with it."""
     environment = {
