@@ -36,11 +36,13 @@ def test_this_installation_passes(run_cli, tmp_path):
     assert time.monotonic() - started < 60  # 7 s on two idle cores
 
 
+@pytest.mark.slow
 def test_plugins_switched_off(run_cli):
     found = failures(run_cli(["doctor", "--json"], env={"VERL_USE_EXTERNAL_PLUGINS": "none"}))
     assert "unset VERL_USE_EXTERNAL_PLUGINS" in found["verl plugin"]["fix"]
 
 
+@pytest.mark.slow
 def test_another_packages_plugin_and_a_wrong_verl(run_cli, tmp_path):
     """verl would hide both failures at DEBUG level: the plugin that raises, and ours, which refuses that version."""
     write_distribution(tmp_path, "noisy", "1.0", "[verl.plugins]\nnoisy = noisy_plugin\n")

@@ -32,6 +32,7 @@ def _argv(base: Path, folder: Path, *more: str) -> list[str]:
     return ["rewrite", f"model={base}", f"output_dir={folder}", *_TINY, *more]
 
 
+@pytest.mark.slow
 def test_every_stage_has_rows_and_stored_log_probs_are_the_models(
     tiny_base: Path, tmp_path: Path, run_cli: Callable
 ) -> None:

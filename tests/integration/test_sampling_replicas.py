@@ -120,6 +120,7 @@ def _run(script: Path, model: Path, store: Path, run_command: Callable, *what: s
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+@pytest.mark.slow
 def test_a_replica_killed_at_work_costs_nothing_but_time(
     script: Path, in_process: dict, tiny_base: Path, tmp_path: Path, run_command: Callable
 ) -> None:

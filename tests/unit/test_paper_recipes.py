@@ -68,6 +68,7 @@ def real_value(one, config, key):
     return OmegaConf.to_container(found, resolve=True) if isinstance(found, ListConfig | DictConfig) else found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "says", "value", "step", "key", "more"), list(rows()))
 def test_a_hyper_parameter_is_in_the_composed_configuration(name, says, value, step, key, more):
     assert says in SAID and set(more) <= {"arms", "ours", "why"}
@@ -109,6 +110,7 @@ def test_a_recipe_says_what_it_lacks_and_that_it_was_not_run(name):
     assert '"sec." the paper states it' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_METHODS])
 def test_steps_are_found_in_the_papers_tables_by_the_names_of_their_arms(name):
     paper, item = name.split("/")
@@ -122,6 +124,7 @@ def test_steps_are_found_in_the_papers_tables_by_the_names_of_their_arms(name):
         assert models is None or set(models) == set(values)
 
 
+@pytest.mark.slow
 def test_recipes_share_the_steps_that_they_have_in_common():
     """One training and one evaluation serve Table 1, Table 3 and two arms of Fig. 3."""
 

@@ -77,8 +77,16 @@ def test_there_are_recipes() -> None:
     assert set(shared_scales()) == set(SCALES)
 
 
-@pytest.mark.parametrize("scale", [SCALES[0], *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES[1:])])
-@pytest.mark.parametrize("name", recipe_names())
+QUICK = ("gft/sft_gft_grpo", "dft/table3", "data_rewriting/table2")
+"""Recipes that are composed at the tiny scale in every run of the tests; all, at every scale, among the slow ones."""
+COMPOSED = [
+    pytest.param(name, scale, marks=() if name in QUICK and scale == "tiny" else pytest.mark.slow)
+    for name in recipe_names()
+    for scale in SCALES
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), COMPOSED)
 def test_recipe_composes_and_dry_runs(name: str, scale: str) -> None:
     """Each step through its verb's own checks; the dry run has a command for each, which a shell would take apart."""
     settings = settings_of(load_recipe(name), [f"scale={scale}"])

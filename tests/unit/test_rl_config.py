@@ -53,7 +53,7 @@ def options(algorithm):
     return [f"algorithm={algorithm}", *([teacher] if algorithm == "distill" else [])]
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "gpu"])
+@pytest.mark.parametrize("hardware", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_is_accepted_by_verl(rl, algorithm, hardware):
     """verl builds its own configuration classes, and its validator has nothing to say."""
