@@ -182,7 +182,8 @@ class GraderPool:
     def _verify_one(self, key: _Key) -> Grade:
         answer = key.answer
         for attempt in (1, 2):
-            worker = self._take_worker()
+            # again only in a fresh process: others that were killed at the same moment may still seem alive
+            worker = self._take_worker() if attempt == 1 else self._new_worker()
             try:
                 reply = worker.ask(key)
             except TimeoutError as error:
@@ -209,12 +210,15 @@ class GraderPool:
             try:
                 worker = self._idle.pop()
             except IndexError:
-                with self._lock:
-                    self.num_started += 1
-                return Worker(self.verify, self.timeout_s, self.memory_mb)
+                return self._new_worker()
             if worker.alive():
                 return worker
             worker.close()
+
+    def _new_worker(self) -> Worker:
+        with self._lock:
+            self.num_started += 1
+        return Worker(self.verify, self.timeout_s, self.memory_mb)
 
     def _remember(self, key: _Key, verdict: Verdict) -> None:
         if self.deduplicate and sum(map(len, key)) <= _MAX_KNOWN_CHARS:
