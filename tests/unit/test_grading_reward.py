@@ -108,7 +108,7 @@ def _alive(pid: int) -> bool:
 def test_in_a_ray_actor() -> None:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
 
         @ray.remote
