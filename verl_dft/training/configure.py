@@ -51,14 +51,25 @@ _DTYPES = ("fp32", "bf16", "fp16")
 def compose_training(argv: Sequence[str]) -> DictConfig:
     """The checked configuration of ``verl-dft train`` for a command line."""
     name, overrides = split_config_name(argv, "sft")
-    if "VERL_DFT_HARDWARE" not in os.environ:
-        os.environ["VERL_DFT_HARDWARE"] = "gpu" if has_accelerator() else "cpu"
+    choose_hardware()
     config = compose(name, overrides)
     require(config, "model.path", "output_dir")
     with open_dict(config):
         _complete(config)
     check(config)
     return config
+
+
+def choose_hardware() -> None:
+    """Set ``VERL_DFT_HARDWARE``, which the configurations read, to what this machine has; the user's value stays."""
+    if "VERL_DFT_HARDWARE" not in os.environ:
+        os.environ["VERL_DFT_HARDWARE"] = "gpu" if has_accelerator() else "cpu"
+
+
+def attention_for(precision: str) -> str:
+    """What ``attn_implementation=auto`` means: flash attention where it is installed; it takes fp16 and bf16 only."""
+    has_flash = importlib.util.find_spec("flash_attn") is not None and precision != "fp32"
+    return "flash_attention_2" if has_flash else "sdpa"
 
 
 def has_accelerator() -> bool:
@@ -106,9 +117,7 @@ def _complete(config: DictConfig) -> None:
         config.trainer.nnodes = int(os.environ["WORLD_SIZE"]) // local
     attention = config.model.override_config.get("attn_implementation")
     if attention == "auto":
-        # flash attention takes fp16 and bf16 only
-        has_flash = importlib.util.find_spec("flash_attn") is not None and config.precision != "fp32"
-        config.model.override_config.attn_implementation = "flash_attention_2" if has_flash else "sdpa"
+        config.model.override_config.attn_implementation = attention_for(config.precision)
     if config.model.use_remove_padding == "auto" and config.trainer.device != "cpu":
         flash = config.model.override_config.get("attn_implementation", "flash_attention_2")
         config.model.use_remove_padding = str(flash).startswith("flash")

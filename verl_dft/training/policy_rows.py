@@ -15,7 +15,7 @@ from torch import Tensor
 from verl_dft.origins import ORIGINS
 
 ORIGIN = "origin"
-"""Column of the batch: [B, 1] int64, an index into ``ORIGINS``."""
+"""Key of an agent loop's ``extra_fields``, and column of the batch: [B, 1] int64, an index into ``ORIGINS``."""
 SAMPLER_LOGP = "rollout_log_probs"
 """verl's column of what the sampler reported; absent with ``rollout.calculate_log_probs=false``."""
 

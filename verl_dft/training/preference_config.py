@@ -13,7 +13,7 @@ from verl_dft.config import compose, group_options, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.paths import configs_dir
-from verl_dft.training.configure import check_choice, check_loggers, has_accelerator
+from verl_dft.training.configure import attention_for, check_choice, check_loggers, has_accelerator
 from verl_dft.training.resume import Checkpoint, resume_point
 
 CONFIG = "dpo"
@@ -101,8 +101,7 @@ def _complete(config: DictConfig) -> None:
     if model.enable_gradient_checkpointing == "auto":
         model.enable_gradient_checkpointing = trainer.device != "cpu"
     if model.override_config.attn_implementation == "auto":
-        has_flash = importlib.util.find_spec("flash_attn") is not None and config.precision != "fp32"
-        model.override_config.attn_implementation = "flash_attention_2" if has_flash else "sdpa"
+        model.override_config.attn_implementation = attention_for(config.precision)
 
 
 def _check_choices(config: DictConfig) -> None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.files import atomic_write
 from verl_dft.platform.compat import check_verl_version
+from verl_dft.training.configure import world_size
 from verl_dft.training.online.configure import compose_rl
 from verl_dft.training.online.lock import only_run
 from verl_dft.training.online.progress import LOG_FILE, Progress
@@ -19,7 +20,6 @@ from verl_dft.training.online.teachers import check_teachers
 from verl_dft.training.resume import resume_point
 from verl_dft.training.setup import check_output, tokenizer_of
 
-_BAD_INPUT = 2
 _FREE_KEYS = ("limits", "poll_s", "verbose", "rollout_failure", "ray_kwargs", "reward.num_workers")
 """May differ between a run and its continuation, besides those of ``verl-dft train``."""
 
@@ -52,12 +52,11 @@ def prepare(config: DictConfig, output: Path) -> Path:
     """Claim the folder, make the prompts, choose the checkpoint. Returns the file with the driver's configuration."""
     check_output(config, output, _FREE_KEYS)
     as_given = OmegaConf.to_yaml(config, resolve=True)
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     point = resume_point(
         config.trainer.default_local_dir,
         mode=config.trainer.resume_mode,
         given=config.trainer.resume_from_path,
-        world_size=ranks,
+        world_size=world_size(config),
     )
     tokenizer = tokenizer_of(config.actor_rollout_ref.model)
     check_teachers(config, tokenizer)

@@ -1,6 +1,5 @@
 """A run's configuration: composed, completed for the machine, and checked before Ray is started."""
 
-import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -9,7 +8,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl_dft.build.group_plan import Composition, parse_composition
 from verl_dft.config import compose, require, split_config_name
 from verl_dft.errors import InputError
-from verl_dft.training.configure import MAX_AUTO_MICRO_BATCH, check_choice, check_loggers, has_accelerator
+from verl_dft.training.configure import (
+    MAX_AUTO_MICRO_BATCH,
+    attention_for,
+    check_choice,
+    check_loggers,
+    choose_hardware,
+    world_size,
+)
 from verl_dft.training.policy_options import check_policy_loss
 
 LOOPS = {"plain": "verl_dft", "group": "verl_dft_group", "rewrite": "verl_dft_rewrite"}
@@ -26,8 +32,7 @@ def compose_rl(argv: Sequence[str]) -> DictConfig:
         InputError: whatever cannot work, with the key and what to do.
     """
     name, overrides = split_config_name(argv, "rl")
-    if "VERL_DFT_HARDWARE" not in os.environ:
-        os.environ["VERL_DFT_HARDWARE"] = "gpu" if has_accelerator() else "cpu"
+    choose_hardware()
     config = compose(name, overrides)
     require(config, "model.path", "output_dir")
     complete(config)
@@ -62,8 +67,7 @@ def _complete(config: DictConfig) -> None:
     for model in (config.actor_rollout_ref.model, config.critic.model):
         override = model.get("override_config") or {}
         if override.get("attn_implementation") == "auto":
-            has_flash = importlib.util.find_spec("flash_attn") is not None and config.precision != "fp32"
-            override.attn_implementation = "flash_attention_2" if has_flash else "sdpa"
+            override.attn_implementation = attention_for(config.precision)
         if model.use_remove_padding == "auto":
             model.use_remove_padding = str(override.get("attn_implementation")).startswith("flash")
     rollout = config.actor_rollout_ref.rollout
@@ -79,17 +83,13 @@ def _complete(config: DictConfig) -> None:
 
 def _set_micro_batches(config: DictConfig) -> None:
     """Rows per pass where they are ``auto``: verl wants a divisor of the rows that a rank has of an update."""
-    actor, rollout, ranks = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, _ranks(config)
+    actor, rollout, ranks = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, world_size(config)
     rows = actor.ppo_mini_batch_size * rollout.n // ranks
     size = next((size for size in range(min(rows, MAX_AUTO_MICRO_BATCH), 0, -1) if rows % size == 0), 1)
     places = ((actor, "ppo"), (config.critic, "ppo"), (rollout, "log_prob"), (config.actor_rollout_ref.ref, "log_prob"))
     for node, kind in places:
         if node[f"{kind}_micro_batch_size_per_gpu"] == "auto":
             node[f"{kind}_micro_batch_size_per_gpu"] = size
-
-
-def _ranks(config: DictConfig) -> int:
-    return config.trainer.n_gpus_per_node * config.trainer.nnodes
 
 
 def _guided_extra(config: DictConfig) -> int:
@@ -133,7 +133,7 @@ def _check_numbers(config: DictConfig) -> None:
 
 def _check_batch(config: DictConfig) -> None:
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
-    n, ranks = config.actor_rollout_ref.rollout.n, _ranks(config)
+    n, ranks = config.actor_rollout_ref.rollout.n, world_size(config)
     if mini > batch or batch % mini:
         raise InputError(
             f"data.train_batch_size={batch} is not a multiple of actor_rollout_ref.actor.ppo_mini_batch_size={mini} "

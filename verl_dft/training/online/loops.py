@@ -17,9 +17,8 @@ from verl.workers.rollout.replica import TokenOutput
 from verl_dft.data.template import ConversationEncoder
 from verl_dft.origins import ORIGINS
 from verl_dft.training.online.configure import seed_of
+from verl_dft.training.policy_rows import ORIGIN
 
-ORIGIN = "origin"
-"""Key of ``extra_fields``."""
 _UNKNOWN = 0.0
 """In ``response_logprobs`` of text that the policy did not write: verl wants a number (see ``rows.py``)."""
 

@@ -10,9 +10,8 @@ from verl.protocol import DataProto
 from verl.utils.debug.metrics import calculate_debug_metrics
 
 from verl_dft.origins import ORIGINS
-from verl_dft.training.online.loops import ORIGIN
 from verl_dft.training.online.rewrite_loop import STAGES
-from verl_dft.training.policy_rows import SAMPLER_LOGP
+from verl_dft.training.policy_rows import ORIGIN, SAMPLER_LOGP
 
 SELF = ORIGINS.index("self")
 

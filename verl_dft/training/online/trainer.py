@@ -22,6 +22,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl_dft.data.turns import trained_with
 from verl_dft.failpoints import failpoint
 from verl_dft.files import write_json
+from verl_dft.training.configure import world_size
 from verl_dft.training.export import export_model
 from verl_dft.training.metrics import METRICS_FILE, MetricsFile
 from verl_dft.training.online import rows
@@ -170,7 +171,7 @@ class OnlineTrainer(PPOTrainerSync):
             return
         self._unmarked = None
         failpoint("checkpoint.before_marker")
-        write_json(path / MARKER, {"step": step, "world_size": trainer.n_gpus_per_node * trainer.nnodes})
+        write_json(path / MARKER, {"step": step, "world_size": world_size(self.config)})
         forget_old(trainer.default_local_dir, trainer.max_ckpt_to_keep)
         failpoint("checkpoint.after_marker")
 
