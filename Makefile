@@ -26,17 +26,22 @@ demo: setup
 base: setup
 	$(BIN)/python scripts/make_base.py
 
+# Unit tests share the cores, integration tests have the machine to themselves; both run whatever the first said.
+PYTEST := $(BIN)/python -m pytest
+both = $(PYTEST) -m "$(1) and not integration"; first=$$?; $(PYTEST) -m "$(1) and integration" && exit $$first
+tests = $(if $(PYTEST_ARGS),$(PYTEST) -m "$(1)" $(PYTEST_ARGS),$(call both,$(1)))
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(call tests,not slow)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not nightly" $(PYTEST_ARGS)
+	@$(call tests,slow and not nightly)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not nightly" $(PYTEST_ARGS)
+	@$(call tests,not nightly)
 
 test-nightly: setup
-	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
+	$(PYTEST) -m nightly $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

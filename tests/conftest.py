@@ -38,6 +38,12 @@ GRACE_S = 15
 """Seconds a timed-out command gets between SIGTERM and SIGKILL, so that torchrun can end its own ranks."""
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core where `-m` leaves integration tests out; those count what is left on the machine."""
+    alone = "not integration" not in config.option.markexpr
+    return 0 if alone else min(len(os.sched_getaffinity(0)), 8)
+
+
 class CliResult(NamedTuple):
     """What a finished command left: exit status and its whole output."""
 

@@ -56,6 +56,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(distill: Callable, tiny_b
     assert first["actor/grad_norm"] < 1e-4
 
 
+@pytest.mark.nightly
 def test_another_teacher_pulls(distill: Callable, other_teacher: Path) -> None:
     first, _ = distill(other_teacher, 2)
     assert first["actor/distillation/loss"] > 1e-3 and first["actor/grad_norm"] > 1e-2

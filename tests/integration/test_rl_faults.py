@@ -89,6 +89,7 @@ def test_a_worker_that_writes_responses_dies_while_sampling(start: Callable, out
     assert whole(out) == [2]
 
 
+@pytest.mark.nightly
 def test_the_result_is_that_of_an_uninterrupted_run(start: Callable, out: Path, tmp_path: Path) -> None:
     """After three deaths, and one just after a checkpoint."""
     run = start(out, failpoint="checkpoint.after_marker:1")

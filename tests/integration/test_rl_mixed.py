@@ -74,6 +74,7 @@ def test_luffy(train: Callable[..., Captured]) -> None:
         assert step["rows/expert_reward"] == 1
 
 
+@pytest.mark.nightly
 def test_chord(train: Callable[..., Captured]) -> None:
     """With a decay of 2 steps mu is 0.9, then half-way, then 0.05; the shares are of each step's tokens."""
     micros, metrics = train("chord", 3, "mix.decay_steps=2")

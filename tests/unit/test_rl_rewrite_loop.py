@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(recipes_dir() / "tiny" / "base")
+
+
+@lru_cache
+def composed(*overrides: str) -> DictConfig:
+    """The configuration, composed once for all tests that override the same; nobody writes to it."""
+    return compose_rl(["--config-name", "tiny/rl", "algorithm=online_rewrite", "output_dir=/nowhere", *overrides])
 
 
 class Scripted:
@@ -75,7 +82,7 @@ def rewrite(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ra
         cut: Sequence[str] = (),
         solution: str | None = EXPERT,
     ) -> Ran:
-        config = compose_rl(["--config-name", "tiny/rl", "algorithm=online_rewrite", "output_dir=/nowhere", *overrides])
+        config = composed(*overrides)
         generator = Scripted(tokenizer, own, guided, cut)
         row = {
             "raw_prompt": find_prompt(config.prompt)[1].messages(QUESTION),

@@ -218,11 +218,11 @@ def browser(tmp_path: Path, *options: str) -> str:
 @pytest.mark.parametrize(
     ("filter_", "shown", "problems"),
     [
-        ("all", "6 samples of 3 problems", ["p", "q", EVIL[0]]),
         ("wrong", "2 samples of 2 problems", ["p", "q"]),
-        ("truncated", "1 samples of 1 problems", ["p"]),
-        ("disagreeing", "1 samples of 1 problems", ["q"]),
-        ("nonsense", "6 samples of 3 problems", ["p", "q", EVIL[0]]),
+        pytest.param("all", "6 samples of 3 problems", ["p", "q", EVIL[0]], marks=pytest.mark.slow),
+        pytest.param("truncated", "1 samples of 1 problems", ["p"], marks=pytest.mark.slow),
+        pytest.param("disagreeing", "1 samples of 1 problems", ["q"], marks=pytest.mark.slow),
+        pytest.param("nonsense", "6 samples of 3 problems", ["p", "q", EVIL[0]], marks=pytest.mark.slow),
     ],
 )
 def test_filters_in_a_browser(filter_: str, shown: str, problems: list[str], tmp_path: Path) -> None:
@@ -307,7 +307,8 @@ def screenshot(tmp_path: Path, address: str, width: int) -> np.ndarray:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1200, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 600])
 def test_screenshot(width: int, tmp_path: Path) -> None:
     """The page is drawn: dark text on white, the coloured edges of samples, and in a narrow window nothing wider."""
     page = write_samples_page(small(tmp_path))
