@@ -4,7 +4,8 @@
     python scripts/make_docs.py --check    # exit code 1 where a document is not up to date
 
 docs/objectives.md gets its table and its sections from the objectives' docstrings and the comments of
-configs/objective/*.yaml; docs/extend.md shows the files of tests/plugin_package/.
+configs/objective/*.yaml; docs/extend.md shows the files of tests/plugin_package/; recipes/README.md gets its tables
+from the recipes and recipes/results.json, which `verl-dft report … record=recipes/results.json` writes.
 """
 
 import dataclasses
@@ -25,9 +26,11 @@ sys.path.insert(0, str(ROOT))
 from verl_dft.errors import InputError  # noqa: E402
 from verl_dft.files import atomic_write  # noqa: E402
 from verl_dft.objectives import Objective, get_objective, list_objectives, objective_target  # noqa: E402
+from verl_dft.report import results  # noqa: E402
+from verl_dft.report.tables import Table  # noqa: E402
 from verl_dft.training.policy_options import ROLLOUT_IS_REFERENCE, missing_fields  # noqa: E402
 
-DOCUMENTS = ("docs/objectives.md", "docs/extend.md")
+DOCUMENTS = ("docs/objectives.md", "docs/extend.md", "recipes/README.md")
 ORDER = ("sft", "dft", "iw_sft", "is_sft", "asft", "psft", "gft", "chord", "focal", "eaft", "luffy", "chord_mix")
 WIDTH = 120
 
@@ -248,7 +251,23 @@ def file(path: str) -> str:
     return f"```{language}\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```"
 
 
-PARTS: dict[str, Callable[[str], str]] = {"table": overview, "objective": section, "file": file}
+def recipe_part(kind: str) -> str:
+    """A part of recipes/README.md: ``status`` or ``results``."""
+    entries = results.read_results(ROOT / "recipes" / results.FILE)
+    if kind == "status":
+        lines = [f"- {line}" for line in results.machine_lines(entries)]
+        return "\n".join([left_aligned(results.status_table(entries)), "", *lines])
+    return left_aligned(results.results_table(entries)) if entries else "No run is recorded yet."
+
+
+def left_aligned(found: Table) -> str:
+    """A table of words."""
+    return table(list(found.header), [list(row) for row in found.rows])
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "table": overview, "objective": section, "file": file, "recipes": recipe_part,
+}  # fmt: skip
 
 
 def generate(text: str) -> str:

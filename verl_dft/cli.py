@@ -4,7 +4,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from verl_dft.errors import InputError
 
@@ -133,6 +133,20 @@ _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "verl-dft analyze sweep runs='{GFT: [runs/eval/a, runs/eval/b]}' key=objective.tau output_dir=runs/fig",
         ),
     ),
+    "tiny": (
+        "verl_dft.tiny",
+        "write the tiny world's untrained model",
+        ("verl-dft tiny init seed=1 output_dir=runs/untrained",),
+    ),
+    "report": (
+        "verl_dft.report.command",
+        "the papers' numbers beside those of recipe runs, as Markdown and one page of HTML",
+        (
+            "verl-dft report runs/recipes/tiny output_dir=runs/report",
+            "verl-dft report runs/recipes/paper/by_name/dft/table1/paper tolerance=1.5",
+            "verl-dft report runs/recipes/tiny record=recipes/results.json",
+        ),
+    ),
     "demo": (
         "verl_dft.demo",
         "SFT and DFT from one base on the tiny world, evaluated and tabulated, in minutes on a CPU",
@@ -198,8 +212,13 @@ def _run(argv: Sequence[str] | None) -> int:
     # the folder a command is started in may hold the user's own objective (objective._target_=my_losses.Mine)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    return told(lambda: importlib.import_module(_VERBS[verb][0]).main(rest))
+
+
+def told(run: Callable[[], int]) -> int:
+    """``run()``'s exit code; what a user can put right is told in one line instead of a traceback."""
     try:
-        return importlib.import_module(_VERBS[verb][0]).main(rest)
+        return run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

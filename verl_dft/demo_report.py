@@ -1,16 +1,12 @@
 """What the demo shows in the end: one table, one picture of the training curves, one page that stands alone."""
 
 import json
-import os
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from verl_dft.files import atomic_write, sha256_file, versions, write_json
+from verl_dft.provenance import hardware, now, relative, typed
 from verl_dft.report import html
 from verl_dft.report.plots import training_curves
 from verl_dft.report.tables import Table, comparison_table
@@ -61,22 +57,16 @@ def provenance(
     models = {name: result["model"] for name, result in results.items()}
     return {
         "config": config,
-        "commands": {step.name: _typed(records[step.name]["command"]) for step in steps},
+        "commands": {step.name: typed(records[step.name]["command"]) for step in steps},
         "seconds": {step.name: records[step.name]["seconds"] for step in steps},
         "models": models,
         "model_sha256": {name: sha256_file(Path(model) / "model.safetensors") for name, model in models.items()},
-        "sha256": {_relative(path, root): digest for path, digest in hashes.items()},
+        "sha256": {relative(path, root): digest for path, digest in hashes.items()},
         "versions": versions(),
         "seeds": {"training order": config["seed"], "samples": config["seed"], "problems": _generator(results)},
-        "hardware": f"{_processor()}, {os.cpu_count()} logical cores, {_device(results)}",
-        "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": f"{hardware()}, {_device(results)}",
+        "written_at": now(),
     }
-
-
-def _typed(command: str) -> str:
-    """A step's command as one would type it."""
-    python = shlex.quote(sys.executable)
-    return command.replace(f"{python} -m verl_dft.cli", "verl-dft").replace(python, "python")
 
 
 def _generator(results: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -86,18 +76,6 @@ def _generator(results: Mapping[str, Mapping[str, Any]]) -> Any:
 def _device(results: Mapping[str, Mapping[str, Any]]) -> str:
     engine = next(iter(results.values()))["engine"]
     return f"sampled in {engine['dtype']} on a {engine['device'].upper()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _relative(path: str, root: Path) -> str:
-    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
 
 
 def _parts(

@@ -5,19 +5,21 @@ The format of recipes, and what a run writes: docs/recipes.md.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
-from verl_dft.files import atomic_write, sha256_file, write_json
+from verl_dft.files import atomic_write, write_json
 from verl_dft.recipes.estimate import estimates
 from verl_dft.recipes.load import load_recipe
 from verl_dft.recipes.plan import Planned, plan
+from verl_dft.recipes.record import run_facts, step_facts
 from verl_dft.recipes.settings import Settings, settings_of
 from verl_dft.recipes.show import commands, figures, listing, page
 from verl_dft.recipes.verbs import files_of
+from verl_dft.step_server import KINDS
 from verl_dft.steps import Step, StepError, StepRunner
 
 ACTIONS = ("list", "show", "run")
@@ -56,15 +58,18 @@ def run(settings: Settings, planned: Sequence[Planned]) -> int:
     _check_machine(settings)
     steps = _unique(planned)
     env = {**settings.env, "VERL_DFT_HARDWARE": settings.hardware} if settings.hardware else settings.env
-    runner = StepRunner(settings.root, settings.at_once, env, track_code=False)
+    runner = StepRunner(settings.root, settings.at_once, env, track_code=False, share=settings.share)
     _forget(settings, runner, planned)
     print(f"{settings.recipe.name}, scale={settings.scale}: {len(steps)} steps, in {settings.root}", flush=True)
+    runner.claim_root()
+    facts = run_facts(settings)  # of the recipe as it is now: its file may be edited while this runs
+    write_run(settings, planned, {}, facts)
     try:
         records = runner.run([_step(step, steps) for step in steps])
     except StepError as error:
         print(f"error: {error}\n{runner.tail()}", file=sys.stderr)
         return 1
-    folder = write_run(settings, planned, records)
+    folder = write_run(settings, planned, records, facts)
     if table := figures(steps):
         print(f"\n{table}\n")
     print(f"done: {folder}/run.json, and there a link to the folder of each step")
@@ -99,6 +104,7 @@ def _step(step: Planned, steps: Sequence[Planned]) -> Step:
         needs,
         partial(_progress, step.folder, step.composed.get("trainer.total_training_steps")) if trains else None,
         step.name,
+        step.command if step.verb in KINDS else (),
     )
 
 
@@ -144,37 +150,30 @@ def _forget(settings: Settings, runner: StepRunner, planned: Sequence[Planned]) 
             (runner.records / f"{_id(step)}.json").unlink(missing_ok=True)
 
 
-def write_run(settings: Settings, planned: Sequence[Planned], records: dict[str, dict[str, Any]]) -> Path:
-    """``<root>/by_name/RECIPE/SCALE/``: ``run.json`` and a link to each step's folder. Returns that folder."""
+def write_run(
+    settings: Settings, planned: Sequence[Planned], records: Mapping[str, dict[str, Any]], facts: dict[str, Any]
+) -> Path:
+    """``<root>/by_name/RECIPE/SCALE/``: ``run.json`` and a link to each step's folder. Returns that folder.
+
+    Written before the first step too, without ``records``: a run that was killed says what it was to do, and the
+    runner's own records (``record`` of each step) how far it came.
+
+    Args:
+        facts: of :func:`verl_dft.recipes.record.run_facts`.
+    """
     folder = settings.root / "by_name" / settings.recipe.name / settings.scale
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
     for step in planned:
-        record = records[_id(step)]
         link = folder / step.name
         if link.is_symlink():
             link.unlink()
         link.symlink_to(os.path.relpath(step.folder, folder), target_is_directory=True)
-        found.append(
-            {
-                "name": step.name,
-                "step": step.step,
-                "verb": step.verb,
-                "arm": {variable: name for variable, (name, _) in step.arm.items()},
-                "needs": step.needs,
-                "folder": os.path.relpath(step.folder, settings.root),
-                "command": record["command"],
-                "seconds": record["seconds"],
-                "reused": record["reused"],
-                "code": record.get("code"),
-                "results": [os.path.relpath(path, settings.root) for path in step.outputs.get("results", [])],
-            }
-        )
-    recipe = settings.recipe
-    facts = {"recipe": recipe.name, "recipe_sha256": sha256_file(recipe.path), "scale": settings.scale}
-    facts |= {"keys": settings.keys, "options": settings.choices, "keep": settings.keep}
-    write_json(folder / "run.json", {**facts, "steps": found})
-    if table := figures(planned):
+    steps = [step_facts(step, _id(step), settings, records.get(_id(step), {})) for step in planned]
+    write_json(folder / "run.json", {**facts, "steps": steps})
+    table = figures(planned) if records else ""
+    if table:
         with atomic_write(folder / "figures.txt") as file:
             file.write(table + "\n")
+    else:
+        (folder / "figures.txt").unlink(missing_ok=True)
     return folder

@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, versions, write_json
 from verl_dft.processes import tied
+from verl_dft.provenance import made_here
+from verl_dft.step_server import Served, Server
 
 _POLL_S = 0.2
 _HEARTBEAT_S = 15.0
@@ -36,7 +38,8 @@ class Step:
     ``folder`` is the step's own: nothing else writes there, and it is emptied when the step's configuration changes.
     ``outputs`` must exist afterwards. ``inputs`` are files outside the run whose content matters. ``needs`` names steps
     that come first. ``progress`` says in a few words how far the running command is. ``label`` is what it is called on
-    the terminal, where that is not its name.
+    the terminal, where that is not its name. ``served`` are the command's arguments, verb first, where it may run in a
+    process that others share (``step_server``).
     """
 
     name: str
@@ -47,6 +50,7 @@ class Step:
     needs: tuple[str, ...] = ()
     progress: Callable[[], str] | None = None
     label: str | None = None
+    served: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -62,7 +66,7 @@ class StepRunner:
     """Runs steps below ``root``, at most ``at_once`` at a time.
 
     ``track_code=False``: a step made by other code or with other versions is still done, and reported as such. Then a
-    step's name and command have to say all that decides its outputs.
+    step's name and command have to say all that decides its outputs. ``share``: steps that may share a process do.
 
     Raises:
         InputError: ``root`` holds something else than such a run, or another process is running in it.
@@ -72,11 +76,13 @@ class StepRunner:
     at_once: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
     track_code: bool = True
+    share: bool = False
     echo: Callable[[str], None] = lambda line: print(line, flush=True)
 
     def __post_init__(self) -> None:
         self.records, self.logs = self.root / "steps", self.root / "logs"
-        self.running: dict[str, tuple[Step, subprocess.Popen[bytes], float]] = {}
+        self.running: dict[str, tuple[Step, subprocess.Popen[bytes] | Served, float]] = {}
+        self.servers: list[Server] = []
         self.done: dict[str, dict[str, Any]] = {}
         self.failed: Step | None = None
         self.code = _code_hash()
@@ -91,7 +97,7 @@ class StepRunner:
         """
         names = [step.name for step in steps]
         assert len(set(names)) == len(names) and all(need in names for step in steps for need in step.needs)
-        self._claim_root()
+        self.claim_root()
         try:
             with FileLock(self.records / ".lock", timeout=0):
                 return self._run(list(steps))
@@ -100,7 +106,8 @@ class StepRunner:
                 f"output_dir={self.root}: another process is running in it; wait, or choose another"
             ) from None
 
-    def _claim_root(self) -> None:
+    def claim_root(self) -> None:
+        """Make the folders of a run. Raises InputError where ``root`` holds something else."""
         if not self.records.is_dir() and self.root.is_dir() and any(self.root.iterdir()):
             raise InputError(f"output_dir={self.root} is not empty and holds no such run; choose another")
         self.records.mkdir(parents=True, exist_ok=True)
@@ -162,15 +169,26 @@ class StepRunner:
         with open(self.log(step), "ab" if continues else "wb") as log:
             log.write(f"$ {shlex.join(step.command)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                tied(step.command),  # a killed run leaves nobody in its folders
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.env},
-            )
+            process = self._process(step, log.fileno())
         self.running[step.name] = (step, process, time.monotonic())
         self._say(f"{step.shown:<14} {'continued' if continues else 'started'}, log: {self.log(step)}")
+
+    def _process(self, step: Step, log: int) -> subprocess.Popen[bytes] | Served:
+        """The step's command, begun."""
+        if self.share and step.served:
+            kind = step.served[0]
+            server = next((server for server in self.servers if server.kind == kind and server.idle), None)
+            if server is None:
+                server = Server(kind, self.env, log)
+                self.servers.append(server)
+            return server.start(step.served, self.log(step))
+        return subprocess.Popen(
+            tied(step.command),  # a killed run leaves nobody in its folders
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.env},
+        )
 
     def _collect(self, keys: Mapping[str, str]) -> None:
         for name, (step, process, begun) in list(self.running.items()):
@@ -187,11 +205,15 @@ class StepRunner:
             outputs = {str(path): sha256_file(path) for path in step.outputs}
             record = {"key": keys[name], "status": "done", "command": shlex.join(step.command), "code": self.code}
             record |= {"seconds": round(seconds, 1), "outputs": outputs, "inputs": _hashes(step.inputs)}
+            record["made"] = made_here()
             write_json(self._record(step), record)
             self.done[name] = {**record, "reused": False}
             self._say(f"{step.shown:<14} done in {seconds:.0f} s")
 
     def _end_all(self) -> None:
+        for server in self.servers:
+            server.close()
+        self.servers.clear()
         processes = [process for _, process, _ in self.running.values()]
         for process in processes:
             process.terminate()

@@ -1,7 +1,7 @@
 """The tiny world's model: a 0.46M-parameter Qwen2 with random weights, ready for verl to train.
 
-``python -m verl_dft.tiny init FOLDER`` writes it with its tokenizer; the base of the demo was trained from it by
-``recipes/tiny/base.yaml``.
+``verl-dft tiny init output_dir=FOLDER`` (or ``python -m verl_dft.tiny init FOLDER``) writes it with its tokenizer; the
+base of the demo was trained from it by ``recipes/tiny/base.yaml``.
 """
 
 import math
@@ -70,20 +70,36 @@ def _init(name: str, parameter: "torch.nn.Parameter", layers: int) -> None:  # n
     init.normal_(parameter, 0.0, std)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``init FOLDER [SEED]``."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) not in (2, 3) or argv[0] != "init":
-        print("usage: python -m verl_dft.tiny init FOLDER [SEED]", file=sys.stderr)
-        return 2
-    try:
-        folder = init_model(argv[1], seed=int(argv[2]) if len(argv) == 3 else 0)
-    except (InputError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str]) -> int:
+    """``verl-dft tiny init output_dir=FOLDER [seed=N]``, or ``init FOLDER [N]``. Returns the exit code 0.
+
+    Raises:
+        InputError: anything else, with what belongs there.
+    """
+    options = _options(argv)
+    folder = init_model(options["output_dir"], seed=int(options["seed"]))
     print(f"wrote an untrained model to {folder}")
     return 0
 
 
+def _options(argv: Sequence[str]) -> dict[str, str]:
+    names, found = ["output_dir", "seed"], {"seed": "0"}
+    for position, argument in enumerate(argv[1:]):
+        key, separator, value = argument.partition("=")
+        plain = not separator and position < len(names)
+        if not plain and key not in names:
+            raise InputError(f"{argument!r} is not {' or '.join(f'{name}=…' for name in names)}")
+        found[names[position] if plain else key] = argument if plain else value
+    if not argv or argv[0] != "init" or not found.get("output_dir"):
+        raise InputError("write verl-dft tiny init output_dir=FOLDER [seed=N]")
+    if not found["seed"].isdigit():
+        raise InputError(f"seed={found['seed']} must be a whole number of at least 0")
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -112,6 +112,27 @@ def test_a_start_that_takes_too_long(start: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("limit", "during", "stopped", "phase"),
+    [
+        ("sample", "ray::vLLMHttpServer.generate", ENGINE, "sampling and grading"),
+        ("update", WORKER + r"\.\S*update_actor", WORKER, "updating"),
+        ("weight_sync", WORKER + r"\.\S*update_weights", ENGINE, "weights went to vLLM"),
+    ],
+)
+def test_a_part_that_hangs(start: Callable, tmp_path: Path, limit: str, during: str, stopped: str, phase: str) -> None:
+    """Everybody lives, and one does nothing any more."""
+    run = start(tmp_path / "run", f"limits.{limit}=40")
+    run.trained(1)
+    process = run.find(stopped)
+    run.wait_for(lambda: run.find(during))
+    process.suspend()  # at once: some of these take a tenth of a second
+    code, line = run.end(120)
+    assert code == 1 and f"the run hangs: more than limits.{limit}=40 seconds" in line, line
+    assert f"while {phase}; run the same command again" in line, line
+
+
+@pytest.mark.nightly
 def test_nothing_is_left_of_a_run_whose_command_was_killed(start: Callable, tmp_path: Path) -> None:
     """Nor of one whose driver was, whose folder is free at once."""
     run = start(tmp_path / "run")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import pyplot as plt
 
-from verl_dft.analysis import command, draw, dynamics, entropy, kl, stages, sweep, tokens
+from verl_dft.analysis import change, command, draw, dynamics, entropy, kl, stages, sweep, tokens
 from verl_dft.analysis.estimates import over_problems, over_runs
 from verl_dft.analysis.runs import labels_of, parse_runs
 from verl_dft.analysis.scored import check_same_rows, read_scored
@@ -304,6 +304,16 @@ def test_validation_is_not_smoothed(tmp_path: Path) -> None:
     assert "not smoothed" in found.figures["dynamics_val_nll"].caption
 
 
+def test_accuracy_has_the_interval_of_its_evaluation(tmp_path: Path) -> None:
+    series = {"eval__gsm8k__avg": [0.2, 0.4], "eval__gsm8k__ci95_low": [0.1, 0.3], "eval__gsm8k__ci95_high": [0.3, 0.6]}
+    a, b = (str(metrics(tmp_path / name, **series)) for name in ("a", "b"))
+    found = dynamics.run(config("dynamics", runs={"A": a}, metrics="eval/*/avg"))
+    assert [(r["low"], r["mean"], r["high"]) for r in found.tables["dynamics"]] == [(0.1, 0.2, 0.3), (0.3, 0.4, 0.6)]
+    assert "over problems, of one evaluation" in found.figures["dynamics_eval_gsm8k_avg"].caption
+    seeds = dynamics.run(config("dynamics", runs={"A": [a, b]}, metrics="eval/*/avg"))
+    assert [(r["low"], r["over"]) for r in seeds.tables["dynamics"]] == [(0.2, "runs"), (0.4, "runs")]
+
+
 def test_units_of_axes() -> None:
     assert dynamics.unit("train/rectified_frac") == ("rectified tokens (%)", 100.0)
     assert dynamics.unit("eval/math500/avg") == ("accuracy on math500 (%)", 100.0)
@@ -410,6 +420,39 @@ def test_bad_sweeps(tmp_path: Path, swept: list[str]) -> None:
     fails("different problems for gsm8k", runs={"GFT": swept}, key="objective.tau", baseline=other)
     lost = str(result(tmp_path / "lost", [1, 1, 1], model="/nowhere/model"))
     fails("lies in no training's output_dir", runs={"GFT": [lost]}, key="objective.tau")
+
+
+# ---- change ----
+
+
+def test_changes_are_paired_and_averaged_over_benchmarks(tmp_path: Path) -> None:
+    for run, counts in (("base", ([0, 4], [1, 1])), ("tuned", ([2, 4], [3, 1])), ("again", ([4, 4], [3, 3]))):
+        for name, part in zip(("x", "y"), counts, strict=True):
+            result(tmp_path / run / name, part, name=name)
+    base, tuned, again = (str(tmp_path / name) for name in ("base", "tuned", "again"))
+    found = change.run(config("change", runs={"SFT": tuned, "both": [tuned, again]}, baseline=base))
+    records = {(r["label"], r["benchmark"]): r for r in found.tables["change"]}
+    # x: 1/2 and 0; y: 1/2 and 0: each mean 1/4, and 3/8 the error of both times t
+    assert [records["SFT", name]["mean"] for name in ("x", "y", "mean")] == pytest.approx([0.25] * 3)
+    assert records["SFT", "x"]["high"] - 0.25 == pytest.approx(t975(1) * 0.25)
+    assert records["SFT", "mean"]["high"] - 0.25 == pytest.approx(t975(2) * 0.25 / math.sqrt(2))
+    assert records["SFT", "x"]["accuracy"] == 0.75
+    assert records["both", "y"]["mean"] == pytest.approx((0.25 + 0.5) / 2) and records["both", "y"]["over"] == "runs"
+    levels = change.run(config("change", runs={"SFT": tuned}, benchmark="y"))
+    assert [(r["benchmark"], r["mean"]) for r in levels.tables["change"]] == [("y", 0.5)]
+    _, axes = plt.subplots()
+    found.figures["change"].draw(axes)
+    assert len(axes.patches) == 2 * 3 and axes.patches[0].get_height() == pytest.approx(25)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x", "y", "mean"]
+    plt.close("all")
+
+
+def test_changes_need_the_same_problems_and_no_points(tmp_path: Path) -> None:
+    a, b = str(result(tmp_path / "a", [1, 1])), str(result(tmp_path / "b", [1, 1, 1]))
+    with pytest.raises(InputError, match="different problems for gsm8k"):
+        change.run(config("change", runs={"A": a}, baseline=b))
+    with pytest.raises(InputError, match=r"runs\.A has points"):
+        change.run(config("change", runs={"A": {1: a}}))
 
 
 # ---- the command ----

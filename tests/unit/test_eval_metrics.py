@@ -13,6 +13,7 @@ from verl_dft.evaluation.majority import MAX_EXACT_N, answer_key, maj_at_k
 from verl_dft.evaluation.metrics import (
     avg_at_n,
     clustered_ci95,
+    macro_average,
     paired_difference,
     pass_at_every_k,
     pass_at_k,
@@ -304,3 +305,11 @@ def test_a_difference_without_spread_has_no_interval() -> None:
     """The same model twice, or +1 on both problems: certainty is not what that shows."""
     assert paired_difference({"a": 0.5, "b": 0.1}, {"a": 0.5, "b": 0.1}) == (0, None)
     assert paired_difference({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0}) == (1, None)
+
+
+def test_a_mean_over_benchmarks_by_hand() -> None:
+    """Means 0.5 and 0.25; squared errors 1/12 (sd .5, 3 values) and 0: width t(2) sqrt(1/12) / 2."""
+    average = macro_average([[0, 0.5, 1], [0.25, 0.25, 0.25]])
+    assert average.mean == 0.375 and average.degrees == pytest.approx(2)
+    assert average.ci95[1] - average.mean == pytest.approx(4.302653 * math.sqrt(1 / 12) / 2)
+    assert macro_average([[1], [1, 0]]).ci95 is None and macro_average([[1, 1], [0, 0]]).ci95 is None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from verl_dft.errors import InputError
 
-WHATS = ("tokens", "kl", "entropy", "stages", "dynamics", "sweep")
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+WHATS = ("tokens", "kl", "entropy", "stages", "dynamics", "sweep", "change", "claims")
 """Modules of this package, each with a file of its keys in ``configs/analysis``."""
 
 
@@ -19,18 +23,36 @@ def main(argv: Sequence[str]) -> int:
         InputError: unknown analysis or key, results that are missing, damaged or not comparable.
     """
     from verl_dft.analysis.output import check_formats, write
-    from verl_dft.config import command_line, compose, require
+    from verl_dft.config import command_line
     from verl_dft.sampling.configure import plain
 
-    what, name, overrides = parse(argv)
-    config = compose(name, [f"analysis={what}", *overrides])
-    require(config, "runs", "output_dir")
+    what, config = compose_analysis(argv)
     formats, folder = check_formats(plain(config)["formats"]), Path(config.output_dir).expanduser()
     analysis = importlib.import_module(f"verl_dft.analysis.{what}").run(plain(config))
     written = write(analysis, what, folder, formats, command_line())
     print(analysis.markdown(f"verl-dft analyze {what}"))
     print(f"written: {folder}/{', '.join(path.name for path in written)}")
     return 0
+
+
+def compose_analysis(argv: Sequence[str]) -> tuple[str, DictConfig]:
+    """The analysis and its checked configuration; no result is looked at.
+
+    Raises:
+        InputError: unknown analysis or key, or a value that cannot be.
+    """
+    from verl_dft.analysis.output import check_formats
+    from verl_dft.config import compose, require
+    from verl_dft.sampling.configure import plain
+
+    what, name, overrides = parse(argv)
+    config = compose(name, [f"analysis={what}", *overrides])
+    require(config, "runs", "output_dir")
+    check_formats(plain(config)["formats"])
+    module = importlib.import_module(f"verl_dft.analysis.{what}")
+    if hasattr(module, "check"):
+        module.check(plain(config))
+    return what, config
 
 
 def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:

@@ -1,6 +1,6 @@
 """Loss, gradient norm, rectified tokens, accuracy … by step, from ``metrics.jsonl``.
 
-GFT's Fig. 3 and data rewriting's Fig. 4 are such figures.
+DFT's Fig. 1, GFT's Fig. 3 and data rewriting's Fig. 4 are such figures.
 Several runs of one label (seeds) are drawn as their mean with a band over the steps that all of them have.
 """
 
@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from verl_dft.analysis import style
-from verl_dft.analysis.estimates import over_runs
+from verl_dft.analysis.estimates import Estimate, over_runs
 from verl_dft.analysis.output import Analysis, Figure
 from verl_dft.analysis.runs import Point, parse_runs
 from verl_dft.errors import InputError
@@ -43,6 +43,13 @@ _UNITS = {
 _ACCURACY = re.compile(r"eval/(.+)/avg|val-core/(.+)/acc/mean@\d+")
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that cannot be."""
+    smooth = config["smooth"]
+    if isinstance(smooth, bool) or not isinstance(smooth, int) or smooth < 1:
+        raise InputError(f"smooth={smooth}; it must be a whole number of logged steps, 1 for none")
+
+
 def run(config: Mapping[str, Any]) -> Analysis:
     """Keys: ``configs/analysis/dynamics.yaml``. Raises InputError for a metric that no run has."""
     points, files, data = load(config, "dynamics")
@@ -52,10 +59,8 @@ def run(config: Mapping[str, Any]) -> Analysis:
 
 
 def load(config: Mapping[str, Any], what: str) -> tuple[list[Point], dict[str, Path], dict[str, dict[str, Curve]]]:
-    """The points of ``runs``, and by path the ``metrics.jsonl`` and its curves. Checks ``smooth``, too."""
-    smooth = config["smooth"]
-    if isinstance(smooth, bool) or not isinstance(smooth, int) or smooth < 1:
-        raise InputError(f"smooth={smooth}; it must be a whole number of logged steps, 1 for none")
+    """The points of ``runs``, and by path the ``metrics.jsonl`` and its curves."""
+    check(config)
     points = parse_runs(config["runs"])
     if any(point.at is not None for point in points):
         raise InputError(
@@ -165,10 +170,21 @@ def curves_of(
             notes.append(f"{point.label} has no {name}{count}")
         elif not shared:
             notes.append(f"{point.label}: no step at which all runs have {name}")
+        ends = _ends(data[str(point.paths[0])], name) if len(keys) == 1 else {}
         for step in shared:
             estimate = over_runs([values[step] for values in runs])
+            if step in ends:
+                estimate = Estimate(estimate.mean, *ends[step], 1, "evaluation")
             records.append({"label": point.label, "metric": name, "step": step, **estimate.columns()})
     return records, notes
+
+
+def _ends(curves: Mapping[str, Curve], name: str) -> dict[float, tuple[float, float]]:
+    """Step -> the ends of the logged interval over problems, where ``name`` is the accuracy of evaluations."""
+    low, high = (curves.get(f"{name.removesuffix('/avg')}/ci95_{end}") for end in ("low", "high"))
+    if not name.startswith("eval/") or low is None or high is None or low[0] != high[0]:
+        return {}
+    return dict(zip(low[0], zip(low[1], high[1], strict=True), strict=True))
 
 
 def raw_records(points: Sequence[Point], data: Mapping[str, Mapping[str, Curve]], name: str) -> list[dict[str, Any]]:
@@ -201,7 +217,7 @@ def draw(axes: Any, records: Sequence[Mapping[str, Any]], raw: Sequence[Mapping[
         mine = [record for record in records if record["label"] == label]
         look, steps = style.line(index, mark=len(mine) <= 12), [record["step"] for record in mine]
         axes.plot(steps, [scale * record["mean"] for record in mine], label=label, **look)
-        if mine[0]["low"] is not None:
+        if all(record["low"] is not None for record in mine):
             ends = [[scale * record[end] for record in mine] for end in ("low", "high")]
             axes.fill_between(steps, *ends, color=look["color"], alpha=0.18, linewidth=0)
         part = [r for r in raw if r["label"] == label and r["metric"] == name]
@@ -221,6 +237,8 @@ def _figure(records: Sequence[Mapping[str, Any]], raw: Sequence[Mapping[str, Any
     seeds = max(record["units"] for record in records)
     if smooth > 1 and min(record["units"] for record in records) == 1:
         caption += " Faint: as logged."
+    if any(record["over"] == "evaluation" for record in records):
+        caption += " Band: 95% interval over problems, of one evaluation."
     if seeds > 1:
         caption += f" Mean of up to {seeds} runs; band: 95% interval of that mean (Student's t over runs)."
     return Figure(lambda axes: draw(axes, records, raw, name), caption)

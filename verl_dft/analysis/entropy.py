@@ -13,6 +13,8 @@ from verl_dft.analysis import dynamics
 from verl_dft.analysis.output import Analysis
 from verl_dft.errors import InputError
 
+check = dynamics.check
+
 
 def run(config: Mapping[str, Any]) -> Analysis:
     """Keys: ``configs/analysis/entropy.yaml``. Raises InputError where a run has no entropy, or of the other kind."""

@@ -22,11 +22,16 @@ _DIRECTIONS = {"model_reference": "KL(model ‖ reference)", "reference_model": 
 _PER = {"token": "nats per token", "response": "nats per response"}
 
 
-def run(config: Mapping[str, Any]) -> Analysis:
-    """Keys: ``configs/analysis/kl.yaml``. Raises InputError for results that cannot be compared."""
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that cannot be."""
     for key, valid in (("direction", _DIRECTIONS), ("per", _PER)):
         if config[key] not in valid:
             raise InputError(f"{key}={config[key]} is not one of {', '.join(valid)}")
+
+
+def run(config: Mapping[str, Any]) -> Analysis:
+    """Keys: ``configs/analysis/kl.yaml``. Raises InputError for results that cannot be compared."""
+    check(config)
     points = parse_runs(config["runs"])
     column = f"kl_{config['direction']}"
     files = {str(path): read_scored(path, column) for point in points for path in point.paths}

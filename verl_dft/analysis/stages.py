@@ -23,10 +23,15 @@ _PER = {"response": ("sequence_sum", "nats per response"), "token": ("per_token"
 _TEXTS = {"expert": "expert's text", "rewritten": "rewritten text"}
 
 
-def run(config: Mapping[str, Any]) -> Analysis:
-    """Keys: ``configs/analysis/stages.yaml``. Raises InputError for results without the statistics."""
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that cannot be."""
     if config["per"] not in _PER:
         raise InputError(f"per={config['per']} is not one of {', '.join(_PER)}")
+
+
+def run(config: Mapping[str, Any]) -> Analysis:
+    """Keys: ``configs/analysis/stages.yaml``. Raises InputError for results without the statistics."""
+    check(config)
     name, unit = _PER[config["per"]]
     paths = {label: _file(path) for label, path in one_each(parse_runs(config["runs"]), "stages").items()}
     found = {label: read_json(path) for label, path in paths.items()}
@@ -94,6 +99,7 @@ def draw(axes: Any, records: Sequence[Mapping[str, Any]], name: str, y_label: st
     names = {"expert": "fallback"} if len(texts) > 1 else {}
     ticks = [names.get(group, group) + (f"\n{label}" if len(labels) > 1 else "") for label, group in groups]
     axes.set_xticks(range(len(groups)), ticks)
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(False, axis="x")
     axes.set_ylabel(y_label)
     if len(texts) > 1:

@@ -6,10 +6,11 @@ Accuracy is from ``verl-dft evaluate`` results; a metric of the trainings behind
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any
 
 from verl_dft.analysis import style
@@ -20,29 +21,37 @@ from verl_dft.analysis.output import Analysis, Figure
 from verl_dft.analysis.runs import Point, parse_runs
 from verl_dft.errors import InputError
 from verl_dft.evaluation.compare import load_results
-from verl_dft.evaluation.student import t975
+from verl_dft.evaluation.metrics import macro_average
 from verl_dft.training.metrics import METRICS_FILE
 
+_METRIC = re.compile(r"avg|(pass|maj)@\d+")
 Results = Mapping[str, Mapping[str, Any]]
 """Benchmark -> its ``result.json``."""
 
 
-def run(config: Mapping[str, Any]) -> Analysis:
-    """Keys: ``configs/analysis/sweep.yaml``. Raises InputError for results that are not of one sweep."""
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that cannot be."""
     if config["reduce"] not in ("mean", "last"):
         raise InputError(f"reduce={config['reduce']} is not one of mean, last")
+    if not _METRIC.fullmatch(str(config["metric"])):
+        raise InputError(f"metric={config['metric']} is not one of avg, pass@K, maj@K")
+
+
+def run(config: Mapping[str, Any]) -> Analysis:
+    """Keys: ``configs/analysis/sweep.yaml``. Raises InputError for results that are not of one sweep."""
+    check(config)
     points, metric = parse_runs(config["runs"]), str(config["metric"])
-    results = {path: _chosen(path, config["benchmark"]) for point in points for path in point.paths}
+    results = {path: chosen(path, config["benchmark"]) for point in points for path in point.paths}
     points = placed(points, results, config["key"])
     base = None if config["baseline"] is None else Path(config["baseline"]).expanduser()
-    baseline = None if base is None else _chosen(base, config["benchmark"])
+    baseline = None if base is None else chosen(base, config["benchmark"])
     check_same_problems(results if base is None or baseline is None else {**results, base: baseline})
     records = [_record(point, [accuracy(results[path], metric) for path in point.paths], metric) for point in points]
-    inputs = {f"result_{i}_{name}": _file(path, name) for i, path in enumerate(results) for name in results[path]}
+    inputs = {f"result_{i}_{name}": result_file(path, name) for i, path in enumerate(results) for name in results[path]}
     tables, level = {"sweep": records}, accuracy(baseline, metric) if baseline else None
     if level and base and baseline:
         tables["sweep_baseline"] = [{"path": str(base), "metric": metric, **level.columns()}]
-        inputs |= {f"baseline_{name}": _file(base, name) for name in baseline}
+        inputs |= {f"baseline_{name}": result_file(base, name) for name in baseline}
     x = (config["key"] or "value", config["log_x"])
     title = f"{metric} on {_benchmarks(results)} (%)"
     shown = {f"{metric} on {_benchmarks(results)} (fraction)": points_table(records, x[0])}
@@ -108,10 +117,8 @@ def accuracy(results: Results, metric: str) -> Estimate:
     """
     if metric == "avg":
         shares = [[problem["avg"] for problem in result["per_problem"]] for result in results.values()]
-        return _mean_of_means(shares)
+        return mean_of_means(shares)
     kind, _, k = metric.partition("@")
-    if kind not in ("pass", "maj") or not k.isdigit():
-        raise InputError(f"metric={metric} is not one of avg, pass@K, maj@K")
     values = []
     for name, result in results.items():
         found = result.get(f"{kind}_at_k", {})
@@ -171,7 +178,11 @@ def draw(
     if second:
         other, (name, scale) = axes.twinx(), unit(str(second[0]["metric"]))
         for index, label in enumerate(labels):
-            look = style.line(index) | {"linestyle": "--", "linewidth": 1.1, "markerfacecolor": "white"}
+            look = style.line(index if len(labels) > 1 else 1) | {
+                "linestyle": "--",
+                "linewidth": 1.1,
+                "markerfacecolor": "white",
+            }
             mine = [record for record in second if record["label"] == label]
             text = f"{label}: {second[0]['metric']} (right)"
             _line(other, mine, scale, look, text)
@@ -209,16 +220,11 @@ def is_geometric(values: Sequence[float]) -> bool:
     return len(gaps) == 1 or max(ratios) / min(ratios) < max(gaps) / min(gaps)
 
 
-def _mean_of_means(shares: Sequence[Sequence[float]]) -> Estimate:
-    mean, count = fmean(map(fmean, shares)), sum(map(len, shares))
-    if any(len(values) < 2 for values in shares):
-        return Estimate(mean, None, None, count, "problems")
-    parts = [variance(values) / len(values) for values in shares]
-    if not sum(parts):
-        return Estimate(mean, mean, mean, count, "problems")
-    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, shares, strict=True))
-    width = t975(freedom) * math.sqrt(sum(parts)) / len(parts)
-    return Estimate(mean, mean - width, mean + width, count, "problems")
+def mean_of_means(shares: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of several means, each of its own values; degrees of freedom are Welch and Satterthwaite's."""
+    average = macro_average(shares)
+    low, high = average.ci95 or (None, None)
+    return Estimate(average.mean, low, high, sum(map(len, shares)), "problems")
 
 
 def _record(point: Point, estimates: Sequence[Estimate], metric: str) -> dict[str, Any]:
@@ -226,7 +232,8 @@ def _record(point: Point, estimates: Sequence[Estimate], metric: str) -> dict[st
     return about | pooled(estimates).columns()
 
 
-def _chosen(path: Path, benchmark: Any) -> dict[str, Any]:
+def chosen(path: Path, benchmark: Any) -> dict[str, Any]:
+    """The results in a folder, of one benchmark, of several, or of all (None). Raises InputError for a missing one."""
     found = load_results(path)
     names = [benchmark] if isinstance(benchmark, str) else list(benchmark or found)
     if missing := [name for name in names if name not in found]:
@@ -234,7 +241,8 @@ def _chosen(path: Path, benchmark: Any) -> dict[str, Any]:
     return {name: found[name] for name in names}
 
 
-def _file(path: Path, benchmark: str) -> Path:
+def result_file(path: Path, benchmark: str) -> Path:
+    """The ``result.json`` of a benchmark in an evaluation's folder."""
     own = path / "result.json"
     return own if own.is_file() else next(
         file for file in sorted(path.glob("*/result.json")) if load_results(file.parent).keys() == {benchmark}

@@ -19,13 +19,19 @@ from verl_dft.errors import InputError
 from verl_dft.report.tables import Table
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a value that cannot be."""
+    for key, least in (("bins", 2), ("words", 0)):
+        if not isinstance(config[key], int) or config[key] < least:
+            raise InputError(f"{key}={config[key]}; it must be a whole number of at least {least}")
+    _thresholds(config["thresholds"])
+
+
 def run(config: Mapping[str, Any]) -> Analysis:
     """Keys: ``configs/analysis/tokens.yaml``. Raises InputError for what cannot be compared or decoded."""
+    check(config)
     paths = one_each(parse_runs(config["runs"]), "tokens")
     bins, words, thresholds = config["bins"], config["words"], _thresholds(config["thresholds"])
-    for key, value, least in (("bins", bins, 2), ("words", words, 0)):
-        if not isinstance(value, int) or value < least:
-            raise InputError(f"{key}={value}; it must be a whole number of at least {least}")
     baseline = next(iter(paths)) if config["baseline"] is None else str(config["baseline"])
     if baseline not in paths:
         raise InputError(f"baseline={baseline} is not one of the labels {', '.join(paths)}")

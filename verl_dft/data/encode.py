@@ -142,9 +142,9 @@ def _join(
     encoder: ConversationEncoder, prompt: list[int], ids: list[int], reason: str | None, where: str
 ) -> EncodedRow:
     """Prompt and stored ids; the end token follows only where generation stopped by itself without writing it."""
-    if min(ids) < 0 or max(ids) >= len(encoder.tokenizer):
+    if min(ids) < 0 or max(ids) >= encoder.vocabulary:
         raise InputError(
-            f"{where}: column 'response_ids' holds ids that tokenizer {encoder.name!r} (size {len(encoder.tokenizer)}) "
+            f"{where}: column 'response_ids' holds ids that tokenizer {encoder.name!r} (size {encoder.vocabulary}) "
             "does not have; the rows were made with another model's tokenizer"
         )
     if not prompt:

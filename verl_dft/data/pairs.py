@@ -20,6 +20,7 @@ import numpy as np
 from verl_dft.data.encode import RowNames, encode_rows
 from verl_dft.data.records import check_rows
 from verl_dft.data.tables import need_columns, read_records
+from verl_dft.data.template import vocabulary_size
 from verl_dft.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def load_pairs(
     flat = [record for part in records for record in part]
     counts: Counter[str] = Counter()
     sides = []
+    size = vocabulary_size(tokenizer)
     for side in SIDES:
         for i, record in enumerate(flat):
-            _check_vocabulary(names(i), f"{side}_ids", record.get(f"{side}_ids"), len(tokenizer))
+            _check_vocabulary(names(i), f"{side}_ids", record.get(f"{side}_ids"), size)
         encoded = encode_rows(check_rows(str(paths[0]), [_row(r, side) for r in flat]), tokenizer, names, num_proc)
         counts += encoded.counts
         counts["end_tokens_appended"] += sum(row.end_appended for row in encoded.rows)

@@ -24,10 +24,12 @@ The rules where a template makes that difficult:
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from verl_dft.errors import InputError
@@ -59,6 +61,23 @@ class Tokens(NamedTuple):
     """Whether the template wrote no end token, so that it was appended."""
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids that the tokenizer's model has, by the ``config.json`` beside it; without one the tokenizer's own.
+
+    Models pad their vocabulary, and a sampler draws such an id once in a long while: it is the model's all the same.
+    """
+    from transformers.utils import cached_file
+
+    name = getattr(tokenizer, "name_or_path", "")
+    try:
+        path = cached_file(name, "config.json", local_files_only=True) if name else None
+        config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError):
+        config = {}
+    sizes = [config.get("vocab_size"), (config.get("text_config") or {}).get("vocab_size")]
+    return max([len(tokenizer), *(size for size in sizes if isinstance(size, int))])
+
+
 class ConversationEncoder:
     """Encodes conversations with one tokenizer.
 
@@ -76,6 +95,7 @@ class ConversationEncoder:
                 f"tokenizer {self.name!r} has no chat template; use the instruct model's tokenizer, or save a "
                 "chat_template.jinja beside the tokenizer"
             )
+        self.vocabulary = vocabulary_size(tokenizer)
         self.counts: Counter[str] = Counter()
         self._special = special_tokens(tokenizer)
         names = sorted(self._special, key=len, reverse=True)

@@ -4,17 +4,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.config import compose, split_config_name
 from verl_dft.errors import InputError
 
+if TYPE_CHECKING:
+    from verl_dft.sampling.shared import EngineHost
 
-def main(argv: Sequence[str]) -> int:
-    """Evaluate, print the table and the warnings. Returns the exit code."""
-    results = evaluate_all(compose_benchmarks(argv))
+
+def main(argv: Sequence[str], host: "EngineHost | None" = None) -> int:
+    """Evaluate, print the table and the warnings. Returns the exit code. ``host`` as in :func:`evaluate_all`."""
+    results = evaluate_all(compose_benchmarks(argv), host)
     from verl_dft.evaluation.report import format_table, warnings
 
     print(format_table(results))
@@ -163,10 +166,13 @@ def parse_list(key: str, text: str) -> list[str]:
     return names
 
 
-def evaluate_all(configs: DictConfig | Sequence[DictConfig]) -> list[dict[str, Any]]:
+def evaluate_all(configs: DictConfig | Sequence[DictConfig], host: "EngineHost | None" = None) -> list[dict[str, Any]]:
     """Evaluate every model of ``models`` on every benchmark, a result folder each, on one engine where that can be.
 
     With several models ``output_dir`` gets a folder for each, with several benchmarks one for each within it.
+
+    Args:
+        host: an engine that outlives this call, for a caller that evaluates again.
 
     Raises:
         InputError: before any work starts where two results would share a folder, or a model or one of several
@@ -181,10 +187,12 @@ def evaluate_all(configs: DictConfig | Sequence[DictConfig]) -> list[dict[str, A
     if len(configs) > 1:
         for config in configs:  # a file missing from the last one should not be found out hours later
             load_benchmark(OmegaConf.to_container(config.benchmark, resolve=True), config.limit)
+    if host is not None:
+        return [evaluate(one, _source(host, one)) for one in each]
     if len(each) == 1:
         return [evaluate(each[0])]
-    with EngineHost(max(map(longest_sample, each))) as host:
-        return [evaluate(one, _source(host, one)) for one in each]
+    with EngineHost(max(map(longest_sample, each))) as own:
+        return [evaluate(one, _source(own, one)) for one in each]
 
 
 def _source(host: Any, config: DictConfig) -> Any:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from verl_dft.errors import InputError
-from verl_dft.evaluation.metrics import difference_ci95
-from verl_dft.evaluation.student import t975, two_sided_p
+from verl_dft.evaluation.metrics import difference_ci95, macro_average
+from verl_dft.evaluation.student import two_sided_p
 from verl_dft.report.tables import Table
 
 _EXACT_UP_TO = 16
@@ -38,7 +38,7 @@ _NOTE = (
 
 def main(argv: Sequence[str]) -> int:
     """Print the comparison as Markdown (or JSON), and write both where ``output_dir`` is given. Returns the code."""
-    folders, options = _parse(argv)
+    folders, options = parse_arguments(argv)
     names = [name.strip() for name in options["benchmark"].split(",")] if options.get("benchmark") else None
     seed = options.get("seed", "0")
     if not seed.isdigit():
@@ -202,20 +202,13 @@ def _average(
 ) -> dict[str, Any]:
     """The mean over benchmarks, each counting the same whatever its size, as the papers' tables have it.
 
-    Degrees of freedom are Welch and Satterthwaite's; signs are flipped by problem, with weight 1 / benchmark size.
+    Signs are flipped by problem, with weight 1 / benchmark size.
     """
-    mean = fmean(map(fmean, differences))
+    average = macro_average(differences)
     weighted = [d / len(values) for values in differences for d in values]
-    found = {"a": fmean(row["a"] for row in rows), "b": fmean(row["b"] for row in rows), "difference": mean}
-    found |= {"ci95": None, "p_value": sign_flip_p(weighted, seed, num_draws), "p_value_t": None}
-    if all(len(values) > 1 for values in differences):
-        parts = [variance(values) / len(values) for values in differences]
-        if sum(parts) > 1e-24:
-            error = math.sqrt(sum(parts)) / len(parts)
-            freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, differences, strict=True))
-            width = t975(freedom) * error
-            found |= {"ci95": (mean - width, mean + width), "p_value_t": two_sided_p(mean / error, freedom)}
-    return found
+    found = {"a": fmean(row["a"] for row in rows), "b": fmean(row["b"] for row in rows), "difference": average.mean}
+    p_value_t = two_sided_p(average.mean / average.error, average.degrees) if average.error else None
+    return found | {"ci95": average.ci95, "p_value": sign_flip_p(weighted, seed, num_draws), "p_value_t": p_value_t}
 
 
 def _notes(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -259,7 +252,8 @@ def _p(value: float | None) -> str:
     return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _parse(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def parse_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The two folders and the options of a command line. Raises InputError for anything else."""
     folders, options = [], {}
     for argument in argv:
         if argument == "--json":

@@ -6,7 +6,8 @@ would be too narrow. Everything here takes one value per problem (a cluster) and
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from dataclasses import dataclass
+from statistics import fmean, stdev, variance
 
 from verl_dft.errors import InputError
 from verl_dft.evaluation.student import t975
@@ -113,6 +114,40 @@ def difference_ci95(differences: Sequence[float]) -> tuple[float, float] | None:
         return None
     mean, half_width = fmean(differences), _half_width(differences)
     return mean - half_width, mean + half_width
+
+
+@dataclass(frozen=True)
+class MacroAverage:
+    """A mean of means; ``error`` (its standard error) is None where a group has one value, or none has a spread."""
+
+    mean: float
+    error: float | None
+    degrees: float
+    """Of freedom, Welch and Satterthwaite's."""
+
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """Student's t interval."""
+        if self.error is None:
+            return None
+        width = t975(self.degrees) * self.error
+        return self.mean - width, self.mean + width
+
+
+def macro_average(groups: Sequence[Sequence[float]]) -> MacroAverage:
+    """The mean of the groups' means, each counting the same whatever its size: the papers' average of benchmarks.
+
+    Args:
+        groups: for each benchmark, a value per problem.
+    """
+    mean = fmean(map(fmean, groups))
+    if any(len(values) < 2 for values in groups):
+        return MacroAverage(mean, None, 0.0)
+    parts = [variance(values) / len(values) for values in groups]
+    if sum(parts) <= 1e-24:
+        return MacroAverage(mean, None, 0.0)
+    degrees = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, groups, strict=True))
+    return MacroAverage(mean, math.sqrt(sum(parts)) / len(parts), degrees)
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -61,6 +61,8 @@ def _cost(step: Planned, given: float | None, assumed: dict[str, float], size: f
     verb = step.verb.split()[0]
     if verb == "data":
         return Cost(rows=problems)
+    if verb in ("analyze", "compare"):
+        return Cost()
     if verb == "reject":
         return Cost(rows=problems * assumed.get("solve_rate", 0.5))
     if verb in counts:

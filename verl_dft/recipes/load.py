@@ -16,7 +16,7 @@ SCALES = ("tiny", "laptop", "paper")
 _TOP = ("title", "source", "keys", "steps", "scales", "options")
 _STEP = ("verb", "config", "with", "drop", "args", "for", "only", "scales", "after", "outputs")
 _PATCH = ("keys", "verbs", "steps")
-_SCALE = (*_PATCH, "hardware", "env", "estimate")
+_SCALE = (*_PATCH, "hardware", "env", "share", "estimate")
 _STEP_PATCH = ("config", "with", "drop", "only")
 
 

@@ -7,7 +7,7 @@ step changes its key.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.paths import recipes_dir
 from verl_dft.recipes.load import nearest
-from verl_dft.recipes.references import parse_reference, select_field
+from verl_dft.recipes.references import Reference, parse_reference, select_field
 from verl_dft.recipes.settings import Settings, changes_of
 from verl_dft.recipes.values import filled, override
 from verl_dft.recipes.verbs import Composed, check_step, outputs_of
@@ -58,9 +58,11 @@ def plan(settings: Settings) -> list[Planned]:
     for step in planner.steps:
         for arm in planner.arms[step]:
             planner.planned(step, arm)
-    if not planner.done:
+    # a figure of arms that are all left out has nothing to draw
+    found = [one for one in planner.done.values() if one.values.get("runs") != {}]
+    if not found:
         raise InputError(f"{settings.recipe.name}: nothing is left to run at scale={settings.scale}")
-    return list(planner.done.values())
+    return found
 
 
 class _Planner:
@@ -135,7 +137,7 @@ class _Planner:
 
     def _lookup(self, text: str, arm: Arm, where: str, needs: list[str]) -> Any:
         """What ``${text}`` stands for. Steps whose outputs it names go to ``needs``."""
-        if text.startswith(("steps.", "all.")):
+        if text.startswith(("steps.", "all.", "each.")):
             return self._outputs(text, arm, where, needs)
         name, _, rest = text.removesuffix("?").partition(".")
         builtin = {"scale": self.settings.scale, **self.settings.choices}
@@ -147,7 +149,7 @@ class _Planner:
         elif name in self.settings.keys or name in builtin:
             base = self.settings.keys.get(name, builtin.get(name))
         else:
-            valid = [*arm, *self.settings.keys, *builtin, "steps.…", "all.…"]
+            valid = [*arm, *self.settings.keys, *builtin, "steps.…", "all.…", "each.…"]
             raise InputError(f"{where}: ${{{text}}} names nothing{nearest(name, valid)}")
         value = select_field(base, rest, text, where)
         if isinstance(value, str) and value.strip() == f"${{{text}}}":
@@ -177,15 +179,18 @@ class _Planner:
             return self._lookup(text, arm, where, needs)
 
         for name in written.get("after") or ():
-            needs += [self.planned(name, other).name for other in self._agreeing(name, {}, arm)]
+            needs += [self.planned(name, other).name for other in self._agreeing(Reference("all", name, {}, ""), arm)]
         verb, config = written["verb"], written.get("config")
         values = _merged([{"with": written.get("with"), "drop": written.get("drop")}], lookup, where)
-        for change in changes_of(self.settings, step, verb, values.get("objective")):
+        for change in changes_of(self.settings, step, verb, filled(values.get("objective"), lookup)):
             config = change.get("config", config)
             values = _merged([change], lookup, where, values)
+        values = filled(values, lookup)  # last: what was dropped or overridden is no need of this step
         if "output_dir" in values:
             raise InputError(f"{where}: output_dir is not the recipe's to set: every step has a folder of its own")
         values = {key: _shipped(value) for key, value in values.items()}
+        if isinstance(values.get("runs"), dict):  # of an analysis
+            values["runs"] = {label: paths for label, paths in values["runs"].items() if paths != {}}
         arguments = [str(filled(item, lookup)) for item in written.get("args") or ()]
         arguments += ["--config-name", str(filled(config, lookup))] if config else []
         arguments += [override(key, value) for key, value in values.items()]
@@ -206,48 +211,70 @@ class _Planner:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _outputs(self, text: str, arm: Arm, where: str, needs: list[str]) -> Any:
-        """What ``${steps.…}`` and ``${all.…}`` stand for; the steps go to ``needs``."""
-        reference = parse_reference(text, where)
+        """What ``${steps.…}``, ``${all.…}`` and ``${each.…}`` stand for; the steps go to ``needs``."""
+        reference, at = parse_reference(text, where), f"{where}: ${{{text}}}"
         if reference.step not in self.recipe.steps:
-            raise InputError(f"{where}: ${{{text}}}: there is no such step{nearest(reference.step, self.recipe.steps)}")
+            raise InputError(f"{at}: there is no such step{nearest(reference.step, self.recipe.steps)}")
         if reference.step not in self.steps:
-            raise InputError(f"{where}: ${{{text}}}: that step is not run at scale={self.settings.scale}")
-        found = [self.planned(reference.step, other) for other in self._agreeing(reference.step, reference.select, arm)]
-        if not reference.many and len(found) != 1:
-            what = ", ".join(one.name for one in found) or "none (are its arms left out?)"
-            raise InputError(
-                f"{where}: ${{{text}}} must be one step, it is {what}; name it: steps.NAME[VARIABLE=ARM].…"
-            )
-        values = []
-        for one in found:
-            if reference.output not in one.outputs:
-                raise InputError(
-                    f"{where}: ${{{text}}}: {one.verb} has no output {reference.output!r}"
-                    f"{nearest(reference.output, one.outputs)}"
-                )
-            one.used.add(reference.output)
-            needs.append(one.name)
-            value = one.outputs[reference.output]
-            values.append([str(path) for path in value] if isinstance(value, list) else str(value))
-        return values if reference.many else values[0]
+            raise InputError(f"{at}: that step is not run at scale={self.settings.scale}")
+        variables = list(self.steps[reference.step].get("for") or {})
+        for variable in reference.select:
+            if variable not in variables:
+                raise InputError(f"{at}: {reference.step} has no loop over {variable!r}{nearest(variable, variables)}")
+            if not any(reference.allows(variable, name) for name in self.all_names[variable]):
+                raise InputError(f"{at}: no such arm{nearest(reference.select[variable], self.all_names[variable])}")
+        found = [self.planned(reference.step, other) for other in self._agreeing(reference, arm)]
+        if not found and reference.kind != "each":
+            raise InputError(f"{at} is no step; are its arms left out?")
+        if reference.kind == "steps" and len(found) > 1:
+            what = ", ".join(one.name for one in found)
+            raise InputError(f"{at} must be one step, it is {what}; name it: steps.NAME[VARIABLE=ARM].…")
+        values = [self._output(one, reference.output, at, needs) for one in found]
+        if reference.kind != "each":
+            return values if reference.kind == "all" else values[0]
+        free = [v for v in variables if not reference.fixes(v) and (v in reference.select or v not in arm)]
+        if not free:
+            raise InputError(f"{at}: no loop variable is left that could name its entries; write steps.…")
+        return _by_arm([one.arm[free[0]][0] for one in found], values, single=len(free) == 1)
 
-    def _agreeing(self, step: str, select: Mapping[str, str], arm: Arm) -> Iterator[Arm]:
-        """Arms of ``step`` with the selected values, and this arm's of the other variables that both have."""
-        wanted = {variable: name for variable, (name, _) in arm.items()} | dict(select)
-        for other in self.arms[step]:
-            if all(wanted.get(variable, name) == name for variable, (name, _) in other.items()):
+    @staticmethod
+    def _output(one: Planned, output: str, at: str, needs: list[str]) -> Any:
+        if output not in one.outputs:
+            raise InputError(f"{at}: {one.verb} has no output {output!r}{nearest(output, one.outputs)}")
+        one.used.add(output)
+        needs.append(one.name)
+        value = one.outputs[output]
+        return [str(path) for path in value] if isinstance(value, list) else str(value)
+
+    def _agreeing(self, reference: Reference, arm: Arm) -> Iterator[Arm]:
+        """Arms of a step that the reference allows, with this arm's values of the other variables that both have."""
+        for other in self.arms[reference.step]:
+            shared = [v for v in other if v in arm and v not in reference.select]
+            if all(reference.allows(v, name) for v, (name, _) in other.items()) and all(
+                other[v][0] == arm[v][0] for v in shared
+            ):
                 yield other
 
 
+def _by_arm(names: Sequence[str], values: Sequence[Any], single: bool) -> dict[str, Any]:
+    """Arm -> output; unless ``single``, arm -> the list of the outputs that share it."""
+    found: dict[str, list[Any]] = {}
+    for name, value in zip(names, values, strict=True):
+        found.setdefault(name, []).append(value)
+    return {name: of_arm[0] for name, of_arm in found.items()} if single else dict(found)
+
+
 def _merged(changes: Any, lookup: Any, where: str, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Overrides of ``with`` and ``drop`` on top of those before."""
+    """Overrides of ``with`` and ``drop`` on top of those before, their references as they are written."""
     values = dict(before or {})
     for change in changes:
         for key in change.get("drop") or ():
             values.pop(key, None)
         layers = change.get("with") or []
         for layer in layers if isinstance(layers, list) else [layers]:
-            found = filled(layer, lookup) if layer else {}
+            # a key without a value may be a reference that stands for several
+            as_written = isinstance(layer, dict) and None not in layer.values()
+            found = layer if as_written else filled(layer, lookup) if layer else {}
             if found is None:  # ${arm.field?} of an arm without it
                 continue
             if not isinstance(found, dict):
@@ -260,6 +287,8 @@ def _shipped(value: Any) -> Any:
     """``recipes/NAME`` as the path of what is shipped under that name, wherever the package lies."""
     if isinstance(value, list):
         return [_shipped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _shipped(item) for key, item in value.items()}
     if isinstance(value, str) and value.startswith("recipes/"):
         path = recipes_dir() / value.removeprefix("recipes/")
         return str(path) if path.exists() else value

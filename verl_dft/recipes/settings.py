@@ -8,7 +8,7 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.recipes.load import SCALES, Recipe, check_keys, nearest, parse_value, shared_scales
 
-RESERVED = ("scale", "output_dir", "at_once", "hardware", "redo")
+RESERVED = ("scale", "output_dir", "at_once", "hardware", "redo", "share")
 _ESTIMATE = "estimate."
 
 
@@ -29,6 +29,8 @@ class Settings:
     env: dict[str, str] = field(default_factory=dict)
     estimate: dict[str, Any] = field(default_factory=dict)
     at_once: int = 1
+    share: bool = False
+    """Whether trainings share a process, and evaluations a process and its engine."""
     redo: list[str] = field(default_factory=list)
 
 
@@ -54,6 +56,7 @@ def settings_of(recipe: Recipe, overrides: Sequence[str]) -> Settings:
         found.patches += [(f"verb:{name}", change or {}) for name, change in (layer.get("verbs") or {}).items()]
         found.patches += [(name, change or {}) for name, change in (layer.get("steps") or {}).items()]
         found.hardware = layer.get("hardware", found.hardware)
+        found.share = layer.get("share", found.share)
         found.env |= {key: str(value) for key, value in (layer.get("env") or {}).items()}
         found.estimate |= layer.get("estimate") or {}
     for key, value in given:
@@ -93,6 +96,10 @@ def _apply(found: Settings, key: str, value: Any) -> None:
         if not isinstance(value, int) or value < 1:
             raise InputError(f"at_once={value} must be a whole number of at least 1")
         found.at_once = value
+    elif key == "share":
+        if not isinstance(value, bool):
+            raise InputError(f"share={value} must be true or false")
+        found.share = value
     elif key == "hardware":
         if value not in ("cpu", "gpu", None):
             raise InputError(f"hardware={value} is not one of cpu, gpu, null")

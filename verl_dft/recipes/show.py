@@ -110,7 +110,7 @@ def _total(settings: Settings, costs: Mapping[str, Cost]) -> list[str]:
 
 
 def figures(steps: Sequence[Planned]) -> str:
-    """The results of a run's evaluations, a line each; empty where it has none."""
+    """The results of a run's evaluations and the pages of its analyses, a line each; empty where it has none."""
     from verl_dft.evaluation.report import format_table
 
     names = {str(step.outputs["model"]): step.name for step in steps if "model" in step.outputs}
@@ -120,7 +120,9 @@ def figures(steps: Sequence[Planned]) -> str:
             result = json.loads(Path(path).read_text(encoding="utf-8"))
             several = isinstance(step.values.get("model"), list)
             results.append(result | {"model": names.get(result["model"], result["model"]) if several else step.name})
-    return format_table(results) if results else ""
+    table = [format_table(results)] if results else []
+    pages = [f"{step.name}: {step.outputs['page']}, and figures beside it" for step in steps if "page" in step.outputs]
+    return "\n\n".join([*table, *(["\n".join(pages)] if pages else [])])
 
 
 # ---- words ----

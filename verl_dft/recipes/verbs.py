@@ -1,14 +1,17 @@
 """What the verbs of ``verl-dft`` make, and how each one's configuration is composed and checked without running it."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from verl_dft.analysis.command import WHATS
 from verl_dft.config import compose, require, split_config_name
 from verl_dft.errors import InputError
 from verl_dft.recipes.load import nearest
@@ -28,6 +31,7 @@ _FILES: dict[str, dict[str, str]] = {
     "train": {"model": "model", "metrics": "metrics.jsonl"},
     "rl": {"model": "model", "metrics": "metrics.jsonl"},
     "compare": {"comparison": "compare.json"},
+    **{f"analyze {what}": {"table": f"{what}.parquet", "page": f"{what}.md"} for what in WHATS},
 }
 _ALWAYS: dict[str, tuple[str, ...]] = {
     "data make": ("train.parquet",),
@@ -39,6 +43,7 @@ _ALWAYS: dict[str, tuple[str, ...]] = {
     "train": ("model/config.json", "metrics.jsonl"),
     "rl": ("model/config.json", "metrics.jsonl"),
     "compare": ("compare.json",),
+    **{f"analyze {what}": (f"{what}.parquet", f"{what}.md") for what in WHATS},
 }
 """Files that a finished step has whatever it was asked for."""
 
@@ -72,7 +77,8 @@ def check_step(verb: str, arguments: Sequence[str], settings: Settings, where: s
     """
     from verl_dft.cli import _VERBS
 
-    if verb.split()[0] not in _VERBS or verb == "recipe":
+    first = verb.split()[0]
+    if first not in _VERBS or first == "recipe" or (first in _WITH_ACTION and verb not in _CHECKS):
         raise InputError(f"{where}: unknown verb {verb!r}{nearest(verb, [*_CHECKS, *_VERBS])}")
     canonical = tuple(_canonical(argument, settings) for argument in arguments)
     try:
@@ -100,11 +106,13 @@ def _canonical(argument: str, settings: Settings) -> str:
     key, separator, value = argument.partition("=")
     if separator and key in _FREE:
         return f"{key}=1"
-    return argument.replace(f"{settings.root}/", "/recipe/") if "[" in value else _same_folder(argument, settings)
+    several = any(sign in value for sign in "[{")
+    return argument.replace(f"{settings.root}/", "/recipe/") if several else _same_folder(argument, settings)
 
 
 def _same_folder(argument: str, settings: Settings) -> str:
-    """``KEY=ROOT/VERB/HASH/FILE`` with the same folder for every step of a verb."""
+    """``KEY=ROOT/VERB/HASH/FILE`` with the same folder for every step of a verb, and for all its checkpoints."""
+    argument = re.sub(r"/global_step_\d+/", "/global_step_1/", argument)
     before, root, after = argument.partition(f"{settings.root}/")
     parts = Path(after).parts
     return "/".join([f"{before}/recipe/{parts[0]}/step", *parts[2:]]) if root and len(parts) > 1 else argument
@@ -221,6 +229,19 @@ def _evaluate(argv: Sequence[str]) -> list[Any]:
     return configs
 
 
+def _compare(argv: Sequence[str]) -> list[Any]:
+    from verl_dft.evaluation.compare import parse_arguments
+
+    parse_arguments(argv)
+    return []
+
+
+def _analyze(what: str, argv: Sequence[str]) -> list[Any]:
+    from verl_dft.analysis.command import compose_analysis
+
+    return [compose_analysis([what, *argv])[1]]
+
+
 _CHECKS: dict[str, Callable[[Sequence[str]], list[Any]]] = {
     "data make": _data,
     "sample": _sample,
@@ -231,7 +252,11 @@ _CHECKS: dict[str, Callable[[Sequence[str]], list[Any]]] = {
     "train": _train,
     "rl": _rl,
     "evaluate": _evaluate,
+    "compare": _compare,
+    **{f"analyze {what}": partial(_analyze, what) for what in WHATS},
 }
+_WITH_ACTION = ("analyze", "data")
+"""Verbs of which a step names the action, too."""
 
 
 # ---- outputs ----

@@ -1,6 +1,7 @@
 """Pages that stand alone: no script, style sheet or image outside the file. Everything given is escaped here."""
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 
 from verl_dft.report.tables import Table
 
+NUMBER = re.compile(r"[-+±]? ?\d[\d.,]*(?:$|[ %])")
+"""How a cell with a number begins; a name that begins with a digit is none."""
+_LONG = 60
+"""Characters above which a cell of a table with marks may break its line."""
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
@@ -24,7 +29,8 @@ def page(title: str, parts: Iterable[str], head: str = "") -> str:
     """A whole page; ``parts`` are pieces made by the functions below, ``head`` is markup for its head."""
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style>{head}</head><body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
@@ -45,11 +51,33 @@ def preformatted(text: str, kind: str = "") -> str:
     return f'<pre class="{kind}">{escape(text)}</pre>' if kind else f"<pre>{escape(text)}</pre>"
 
 
-def table(data: Table) -> str:
-    """A table; empty cells stay empty."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in data.header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in data.rows)
+def table(data: Table, marks: Mapping[str, str] | None = None) -> str:
+    """A table; empty cells stay empty.
+
+    ``marks``: a cell's text -> class of the page's style. With them long cells have the class ``wide``, and columns of
+    words the class ``text``.
+    """
+    words = [marks is not None and not any(NUMBER.match(row[i]) for row in data.rows) for i in range(len(data.header))]
+    kinds = [["text"] if is_text else [] for is_text in words]
+    head = "".join(_cell("th", cell, kind) for cell, kind in zip(data.header, kinds, strict=True))
+    rows = []
+    for row in data.rows:
+        classes = [_classes(cell, marks, is_text) for cell, is_text in zip(row, words, strict=True)]
+        rows.append(f"<tr>{''.join(_cell('td', cell, kinds) for cell, kinds in zip(row, classes, strict=True))}</tr>")
+    body = "\n".join(rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _classes(text: str, marks: Mapping[str, str] | None, is_text: bool) -> list[str]:
+    if marks is None:
+        return []
+    found = [marks[text]] if text in marks else ["wide"] if len(text) > _LONG else []
+    return [*found, "text"] if is_text else found
+
+
+def _cell(tag: str, text: str, kinds: list[str]) -> str:
+    kind = f' class="{escape(" ".join(kinds), quote=True)}"' if kinds else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"
 
 
 def image(path: str | Path, text: str) -> str:

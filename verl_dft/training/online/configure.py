@@ -16,6 +16,7 @@ from verl_dft.training.configure import (
     choose_hardware,
     world_size,
 )
+from verl_dft.training.online.failures import one_line
 from verl_dft.training.policy_options import check_policy_loss
 
 LOOPS = {"plain": "verl_dft", "group": "verl_dft_group", "rewrite": "verl_dft_rewrite"}
@@ -38,6 +39,23 @@ def compose_rl(argv: Sequence[str]) -> DictConfig:
     complete(config)
     check(config)
     return config
+
+
+def validate_rl(config: DictConfig) -> None:
+    """verl's own validator, which builds its configuration classes: of a run before Ray is started.
+
+    Raises:
+        InputError: what verl refuses.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"verl refuses the configuration: {one_line(error)}") from None
 
 
 def composition_of(config: DictConfig) -> Composition | None:

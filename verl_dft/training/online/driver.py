@@ -15,13 +15,12 @@ from typing import Any
 import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import run_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
 from verl_dft.errors import InputError
 from verl_dft.processes import end_with_parent
 from verl_dft.sampling.cluster import loopback_kept
+from verl_dft.training.online.configure import validate_rl
 from verl_dft.training.online.failures import (
     RunFailed,
     advice,
@@ -72,12 +71,7 @@ def run(config: DictConfig) -> None:
         RunFailed: the run has failed; a traceback that is wanted has been printed.
     """
     auto_set_device(config)
-    try:
-        validate_config(
-            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
-        )
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"verl refuses the configuration: {one_line(error)}") from None
+    validate_rl(config)
     _environment()
     options = ray_options(config)
     with loopback_kept() if options.get("address") == "local" else nullcontext():
