@@ -14,9 +14,9 @@ from typing import Any
 from verl_dft.files import versions
 
 
-def made_here() -> dict[str, Any]:
-    """``at`` (UTC), ``commit``, ``hardware`` and ``versions`` of this process, for the record of what it made."""
-    return {"at": now(), "commit": commit(), "hardware": hardware(), "versions": versions()}
+def made_here(of: str | None) -> dict[str, Any]:
+    """``at`` (UTC), ``commit``, ``hardware`` and ``versions``, of what commit ``of`` made here."""
+    return {"at": now(), "commit": of, "hardware": hardware(), "versions": versions()}
 
 
 def now() -> str:
@@ -40,7 +40,6 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-@lru_cache
 def commit() -> str | None:
     """Commit of the checkout that the package runs from, `` with changes`` behind it; None outside of a checkout."""
     root = Path(__file__).resolve().parent.parent

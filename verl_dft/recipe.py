@@ -58,14 +58,16 @@ def run(settings: Settings, planned: Sequence[Planned]) -> int:
     _check_machine(settings)
     steps = _unique(planned)
     env = {**settings.env, "VERL_DFT_HARDWARE": settings.hardware} if settings.hardware else settings.env
-    runner = StepRunner(settings.root, settings.at_once, env, track_code=False, share=settings.share)
-    _forget(settings, runner, planned)
+    runner = StepRunner(settings.root, settings.at_once, env, track_code=False, share=_may_share(settings))
     print(f"{settings.recipe.name}, scale={settings.scale}: {len(steps)} steps, in {settings.root}", flush=True)
-    runner.claim_root()
     facts = run_facts(settings)  # of the recipe as it is now: its file may be edited while this runs
-    write_run(settings, planned, {}, facts)
+
+    def begin() -> None:
+        _forget(settings, runner, planned)
+        write_run(settings, planned, {}, facts)
+
     try:
-        records = runner.run([_step(step, steps) for step in steps])
+        records = runner.run([_step(step, steps) for step in steps], begin)
     except StepError as error:
         print(f"error: {error}\n{runner.tail()}", file=sys.stderr)
         return 1
@@ -128,6 +130,13 @@ def _inputs(step: Planned) -> tuple[Path, ...]:
                 continue
             found += [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("config.json"))
     return tuple(path for path in found if path.stat().st_size < _LARGE)
+
+
+def _may_share(settings: Settings) -> bool:
+    """Not with a GPU: CUDA does not outlive a fork, and an engine that waits would keep the memory of trainings."""
+    from verl_dft.training.configure import has_accelerator
+
+    return settings.share and not has_accelerator()
 
 
 def _check_machine(settings: Settings) -> None:

@@ -12,28 +12,37 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGKILL
+from typing import Any
 
 from verl_dft.files import write_json
 from verl_dft.processes import end_with_parent, tied
 
 KINDS = ("train", "evaluate")
 """Verbs that can share a process."""
+PREFIX = "server_"
+"""Of the folders of replies, which a killed parent leaves behind."""
+_GRACE_S = 10
 
 
 class Server:
-    """The parent's side. ``kind`` is one of ``KINDS``; ``env`` is laid over this process's environment.
+    """The parent's side: a process that runs one command at a time, and ends with this one, however that one ends.
 
-    What the process says before its first command goes to the open file ``log``.
-    One command at a time; the process ends with this one, however that one ends.
+    Args:
+        kind: one of ``KINDS``.
+        env: laid over this process's environment.
+        log: an open file for what the process says before its first command.
+        folder: where a folder for its replies is made.
     """
 
-    def __init__(self, kind: str, env: Mapping[str, str], log: int) -> None:
+    def __init__(self, kind: str, env: Mapping[str, str], log: int, folder: Path) -> None:
         assert kind in KINDS
         self.kind = kind
-        self._folder = tempfile.TemporaryDirectory(prefix="verl_dft_steps_")
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder.resolve())
+        self._last: Path | None = None
         self._num_sent = 0
         self._process = subprocess.Popen(
             tied([sys.executable, "-m", "verl_dft.step_server", kind]),
@@ -47,52 +56,50 @@ class Server:
     @property
     def idle(self) -> bool:
         """Whether it lives and has nothing to do."""
-        return self._process.poll() is None and (not self._num_sent or self._reply().is_file())
-
-    def _reply(self) -> Path:
-        return Path(self._folder.name, f"{self._num_sent}.json")
+        return self.poll() is None and (self._last is None or self._last.is_file())
 
     def start(self, argv: Sequence[str], log: Path) -> "Served":
         """Have ``verl-dft *argv`` run."""
         assert self.idle and self._process.stdin is not None
         self._num_sent += 1
-        request = {"argv": list(argv), "log": str(log.resolve()), "reply": str(self._reply())}
-        try:
+        self._last = Path(self._folder.name, f"{self._num_sent}.json")
+        request = {"argv": list(argv), "log": str(log.resolve()), "reply": str(self._last)}
+        with suppress(BrokenPipeError):  # it has just died, which `poll` tells
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # it has just died, which `poll` tells
-            pass
-        return Served(self)
+        return Served(self, self._last)
 
     def poll(self) -> int | None:
-        """The exit code of the last command; None while it runs, the process's own where that has died over it."""
-        code = self._process.poll()  # first: a reply may be the last thing that it writes
-        if self._reply().is_file():
-            return int(json.loads(self._reply().read_text())["code"])
-        return code if code is None else code or 1
+        """The process's exit code; None while it lives."""
+        return self._process.poll()
 
     def close(self) -> None:
-        """End the process and what it runs. Safe to call twice."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._process.stdin is not None:
+        """End the process and what it runs; one that is idle closes its engine first. Safe to call twice."""
+        ends = [self._process.terminate, self._process.kill]
+        if self.idle:
+            ends.insert(0, lambda: None)  # the end of its input is enough
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
+        for end in ends:
+            end()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_S)
+                break
         self._folder.cleanup()
 
 
 class Served:
     """A command in a server: as much of a process as the runner of steps uses."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, server: Server, reply: Path) -> None:
+        self._server, self._reply = server, reply
 
     def poll(self) -> int | None:
-        return self._server.poll()
+        """The command's exit code; None while it runs, the process's own where that has died over it."""
+        code = self._server.poll()  # first: a reply may be the last thing that it writes
+        if self._reply.is_file():
+            return int(json.loads(self._reply.read_text())["code"])
+        return code if code is None else code or 1
 
     def terminate(self) -> None:
         self._server.close()
@@ -103,25 +110,32 @@ class Served:
 
 # ---- the process ----
 
+Run = Callable[[Sequence[str]], int]
+"""Runs ``verl-dft *argv`` and returns its exit code."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Answer requests until standard input ends."""
-    run = {"train": _forking, "evaluate": _evaluating}[argv[0]]()
-    for line in sys.stdin:
-        request = json.loads(line)
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        sys.argv = ["verl-dft", *request["argv"]]  # what manifests call the command
-        code = run(request["argv"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        write_json(Path(request["reply"]), {"code": code})
+    with {"train": _forking, "evaluate": _evaluating}[argv[0]]() as run:
+        for line in sys.stdin:
+            _answer(json.loads(line), run)
     return 0
 
 
-def _forking() -> Callable[[Sequence[str]], int]:
+def _answer(request: Mapping[str, Any], run: Run) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.argv = ["verl-dft", *request["argv"]]  # what manifests call the command
+    code = run(request["argv"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    write_json(Path(request["reply"]), {"code": code})
+
+
+@contextmanager
+def _forking() -> Iterator[Run]:
     """Each command in a child of its own, so that none finds what another has left in torch or verl."""
     importlib.import_module("verl_dft.training.sft")
     from verl_dft import cli
@@ -144,16 +158,15 @@ def _forking() -> Callable[[Sequence[str]], int]:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    return run
+    yield run
 
 
-def _evaluating() -> Callable[[Sequence[str]], int]:
+@contextmanager
+def _evaluating() -> Iterator[Run]:
     """Every evaluation on the engine of the one before, where its weights fit there."""
     from verl_dft.cli import told
     from verl_dft.evaluation import command
     from verl_dft.sampling.shared import EngineHost
-
-    host = EngineHost()
 
     def run(argv: Sequence[str]) -> int:
         try:
@@ -162,7 +175,8 @@ def _evaluating() -> Callable[[Sequence[str]], int]:
             traceback.print_exc()
             return 1
 
-    return run
+    with EngineHost() as host:
+        yield run
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, versions, write_json
 from verl_dft.processes import tied
-from verl_dft.provenance import made_here
-from verl_dft.step_server import Served, Server
+from verl_dft.provenance import commit, made_here
+from verl_dft.step_server import PREFIX, Served, Server
 
 _POLL_S = 0.2
 _HEARTBEAT_S = 15.0
@@ -89,25 +89,30 @@ class StepRunner:
         self.started = self.last_shown = time.monotonic()
         self.shown_width = 0
 
-    def run(self, steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
+    def run(self, steps: Sequence[Step], begin: Callable[[], object] = lambda: None) -> dict[str, dict[str, Any]]:
         """Run what is not done yet. Returns each step's record (command, seconds, reused).
+
+        Args:
+            begin: called before the first step, when nobody else can be running in ``root``.
 
         Raises:
             StepError: a step failed or did not make its outputs; steps running beside it have been ended.
         """
         names = [step.name for step in steps]
         assert len(set(names)) == len(names) and all(need in names for step in steps for need in step.needs)
-        self.claim_root()
+        self._claim_root()
         try:
             with FileLock(self.records / ".lock", timeout=0):
+                for left in self.logs.glob(f"{PREFIX}*"):  # by a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                begin()
                 return self._run(list(steps))
         except Timeout:
             raise InputError(
                 f"output_dir={self.root}: another process is running in it; wait, or choose another"
             ) from None
 
-    def claim_root(self) -> None:
-        """Make the folders of a run. Raises InputError where ``root`` holds something else."""
+    def _claim_root(self) -> None:
         if not self.records.is_dir() and self.root.is_dir() and any(self.root.iterdir()):
             raise InputError(f"output_dir={self.root} is not empty and holds no such run; choose another")
         self.records.mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,8 @@ class StepRunner:
         continues = _read_json(self._record(step)).get("key") == key
         if not continues and step.folder.exists():
             shutil.rmtree(step.folder)
-        write_json(self._record(step), {"key": key, "status": "started", "command": shlex.join(step.command)})
+        started = {"key": key, "status": "started", "command": shlex.join(step.command), "commit": commit()}
+        write_json(self._record(step), started)
         with open(self.log(step), "ab" if continues else "wb") as log:
             log.write(f"$ {shlex.join(step.command)}\n".encode())
             log.flush()
@@ -179,7 +185,7 @@ class StepRunner:
             kind = step.served[0]
             server = next((server for server in self.servers if server.kind == kind and server.idle), None)
             if server is None:
-                server = Server(kind, self.env, log)
+                server = Server(kind, self.env, log, self.logs)
                 self.servers.append(server)
             return server.start(step.served, self.log(step))
         return subprocess.Popen(
@@ -205,7 +211,7 @@ class StepRunner:
             outputs = {str(path): sha256_file(path) for path in step.outputs}
             record = {"key": keys[name], "status": "done", "command": shlex.join(step.command), "code": self.code}
             record |= {"seconds": round(seconds, 1), "outputs": outputs, "inputs": _hashes(step.inputs)}
-            record["made"] = made_here()
+            record["made"] = made_here(_read_json(self._record(step)).get("commit"))
             write_json(self._record(step), record)
             self.done[name] = {**record, "reused": False}
             self._say(f"{step.shown:<14} done in {seconds:.0f} s")

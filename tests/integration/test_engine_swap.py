@@ -119,12 +119,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
         ("tied", "float32"),
-        pytest.param("untied", "float32", marks=pytest.mark.slow),
-        pytest.param("tied", "bfloat16", marks=pytest.mark.slow),
+        ("untied", "float32"),
+        ("tied", "bfloat16"),
     ],
 )
 def test_an_engine_with_other_weights_writes_what_a_new_engine_writes(

@@ -194,6 +194,7 @@ def test_a_failed_evaluation_stops_where_it_should(
     assert world != whole[0] or losses(out) == losses(whole[1])
 
 
+@pytest.mark.slow
 def test_the_real_command(
     ranks: ForkServer, train_argv: TrainArgv, tiny_base: Path, tmp_path: Path, run_cli: Callable
 ) -> None:

@@ -152,6 +152,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_and_the_engine_cleans_up(
     model: Path, tmp_path: Path, run_command: Callable
 ) -> None:

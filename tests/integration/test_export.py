@@ -119,6 +119,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_vllm_greedy_equals_transformers_on_an_export(
     ranks: ForkServer, train_argv: TrainArgv, tmp_path: Path, run_command: Callable
 ) -> None:

@@ -80,12 +80,12 @@ def test_killed_at_random_it_goes_on_to_the_same_report(
 ) -> None:
     """``straight``: beside a run that nothing stopped; else the report is only complete."""
     root, seed = tmp_path / "killed", time.time_ns()
-    moment = random.Random(seed).uniform(8, 90 if "rl" in verbs else 40)
+    moment = random.Random(seed).uniform(4, 90 if "rl" in verbs else 20)
     print(f"killed after {moment:.1f} s (seed {seed})")
     killed = end_at(command(recipe, verbs, root), root, moment)
+    assert killed, "it had ended before"
     done = run_cli(command(recipe, verbs, root)[3:], timeout=RUN_S)
     assert done.rc == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert not killed or " done in " in done.stdout  # something was left to do
     report = reported(root, run_cli)
     assert report["numbers"]
     if straight:

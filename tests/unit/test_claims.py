@@ -41,11 +41,11 @@ def training(folder: Path, grad_norms: list[float]) -> str:
     return str(folder)
 
 
-def scored(folder: Path, probabilities: list[float], **facts: Any) -> str:
+def scored(folder: Path, probabilities: list[float], problem: str = "p", **facts: Any) -> str:
     """One row of one problem, and the statistics that ``verl-dft score`` writes of it."""
     folder.mkdir(parents=True)
     values = [math.log(p) for p in probabilities]
-    columns = {"problem_id": ["p"], "origin": ["expert"], "response_ids": [list(range(len(values)))],
+    columns = {"problem_id": [problem], "origin": ["expert"], "response_ids": [list(range(len(values)))],
                "ref_logp": [values]}  # fmt: skip
     pq.write_table(pa.table(columns), folder / "rows.parquet")
     means = {"per_token": sum(values) / len(values), "sequence_sum": sum(values)} | facts.pop("means", {})
@@ -77,12 +77,12 @@ def found(runs: dict[str, Any], **claim: Any) -> dict[str, Any]:
         ([-1.0, -2.0, -3.0, -4.0, -5.0], "does not hold", "holds"),
         ([1.0, -1.0, 2.0, -2.0, 3.0], "undecided", "undecided"),
         ([0.0, 0.0, 0.0], "undecided", "undecided"),
-        ([2.0, 2.0, 2.0], "holds", "does not hold"),
+        ([2.0, 2.0, 2.0], "undecided", "undecided"),  # no spread: chance is unknown, not 0
         ([5.0], "undecided", "undecided"),
     ],
 )
 def test_the_interval_decides(differences: list[float], greater: str, less: str) -> None:
-    estimate = over_runs(differences)
+    estimate = claims.over_seeds(differences)
     assert claims.verdict(estimate, "greater") == greater and claims.verdict(estimate, "less") == less
 
 
@@ -98,10 +98,11 @@ def test_an_interval_that_ends_at_zero_is_undecided() -> None:
 
 def test_accuracy_is_paired_over_seeds(tmp_path: Path) -> None:
     left = [result(tmp_path / f"a{i}", values) for i, values in enumerate([[1.0, 0.5], [0.5, 0.5], [1.0, 1.0]])]
-    right = [result(tmp_path / f"b{i}", values) for i, values in enumerate([[0.5, 0.5], [0.25, 0.25], [0.75, 0.75]])]
+    right = [result(tmp_path / f"b{i}", values) for i, values in enumerate([[0.5, 0.5], [0.25, 0.25], [0.75, 0.5]])]
     record = found({"a": left, "b": right})
-    # 0.25 in every seed, though the seeds themselves are 0.25 to 0.5 apart
-    assert (record["mean"], record["low"], record["high"]) == (0.25, 0.25, 0.25) and record["verdict"] == "holds"
+    # 0.25, 0.25 and 0.375, though the seeds themselves are 0.25 to 0.5 apart; s / sqrt(3) is 1/24
+    assert record["mean"] == pytest.approx(7 / 24) and record["verdict"] == "holds"
+    assert record["high"] - record["mean"] == pytest.approx(4.302653 / 24)
     assert (record["left_mean"], record["units"]) == (0.75, 3)
 
 
@@ -153,6 +154,13 @@ def test_mistakes_in_claims_are_named() -> None:
     fails(r"claims\.one\.direction is 'more', not one of greater, less", direction="more")
     fails(r"claims\.one\.left is 'c', not one of a, b", left="c")
     fails(r"claims\.one must have the keys claim, source", note="x")
+    two = {"a": ["x", "y"], "b": ["z", "w"]}
+    fails(r"same seeds for all labels, one path each; they have \{'a': 2, 'b': 1\}", two | {"b": "z"})
+    fails(r"runs\.b has the same path twice", two | {"b": ["z", "w/../z"]})
+    fails(r"runs\.b must be a path, or a list of one path for each seed", two | {"b": {1: "z", 2: "w"}})
+    for seeds, match in (([1, 2, 3], "names 3 seeds; every label of runs has 2 paths"), (2, "seeds=2 must be a list")):
+        with pytest.raises(InputError, match=match):
+            claims.check(config(two, {"seeds": seeds}))
     with pytest.raises(InputError, match="claims is not set"):
         claims.check(config({}) | {"claims": None})
 
@@ -166,13 +174,19 @@ def test_results_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     one, two = result(tmp_path / "one", [1.0]), result(tmp_path / "two", [1.0, 0.5])
     fails("problems are in one result alone", {"a": [one], "b": [two]})
     fails("same seeds for all labels", {"a": [one, two], "b": [one]})
-    fails("names 2 seeds; every label of runs has 1 paths", {"a": [one], "b": [one]}, {"seeds": [1, 2]})
+    fails("names 2 seeds; every label of runs has 1 paths", {"a": [one], "b": [two]}, {"seeds": [1, 2]})
     short, long = training(tmp_path / "short", [1.0, 2.0]), training(tmp_path / "long", [1.0, 2.0, 3.0])
     fails("at different steps", {"a": [short], "b": [long]}, quantity="grad_norm_cv")
     fails("no evaluation of it", {"a": [short], "b": [long]})
     rows, other = scored(tmp_path / "rows", [0.5]), scored(tmp_path / "other", [0.5, 0.5], model="n")
     fails("different rows", {"a": [rows], "b": [other]}, quantity="share_low")
     fails("different model: m and n", {"a": [rows], "b": [other]}, quantity="logp_token")
+    elsewhere = scored(tmp_path / "elsewhere", [0.5], problem="q")
+    fails(
+        r"different problems: 2 are in one alone \('p' for one\)",
+        {"a": [rows], "b": [elsewhere]},
+        quantity="logp_token",
+    )
     fails("lacks 'kl_model_reference'", {"a": [rows], "b": [rows]}, quantity="kl")
 
 
@@ -188,6 +202,12 @@ def test_the_command_prints_the_verdicts(tmp_path: Path, capsys: pytest.CaptureF
 
 
 # ---- the study ----
+
+
+@pytest.mark.slow
+def test_a_plan_that_leaves_out_an_arm_of_the_seeds_fails_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="names 2 seeds; every label of runs has 1 paths"):
+        plan(settings_of(load_recipe("study/claims"), ["seeds=[1,2]", "seed=2", f"output_dir={tmp_path}"]))
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from verl_dft import processes
 from verl_dft.cli import main
 from verl_dft.errors import InputError
 from verl_dft.evaluation_plan import plan
-from verl_dft.report.plots import accuracy_curves
 from verl_dft.training import evaluate_during
 from verl_dft.training.configure import compose_training
 from verl_dft.training.evaluate_during import EvaluationFailed, Evaluations, clean_environment, is_due
@@ -329,27 +328,3 @@ def test_only_where_it_is_asked_for() -> None:
     config = compose_training([*BASE, "output_dir=/tmp/never-made", "trainer.eval_every=null"])
     evaluate_during.add_plan(config)
     assert "command" not in config.eval
-
-
-# ---- the plot ----
-
-
-def test_accuracy_by_step(tmp_path: Path) -> None:
-    def run(name: str, benchmark: str, values: list[float]) -> Path:
-        path = tmp_path / f"{name}.jsonl"
-        at = f"eval/{benchmark}"
-        lines = [{"step": 5 * i, f"{at}/avg": v, f"{at}/ci95_low": v / 2, f"{at}/ci95_high": (1 + v) / 2}
-                 for i, v in enumerate(values)]  # fmt: skip
-        lines += [{"step": 99, "eval/failed": 1}, {"step": 3, f"{at}/avg": 0.5}]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return path
-
-    runs = {"sft": run("sft", "x", [0.1, 0.2]), "dft": run("dft", "x", [0.1, 0.4])}
-    out = accuracy_curves(runs, tmp_path / "accuracy.png")
-    one = accuracy_curves({"sft": runs["sft"]}, tmp_path / "one.png")
-    assert out.read_bytes().startswith(b"\x89PNG") and out.read_bytes() != one.read_bytes()
-    with pytest.raises(InputError, match=r"none of the runs sft has accuracy on y; they have \['x'\]"):
-        accuracy_curves({"sft": runs["sft"]}, out, ["y"])
-    (tmp_path / "none.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
-    with pytest.raises(InputError, match="train with trainer.eval_every=N"):
-        accuracy_curves({"none": tmp_path / "none.jsonl"}, out)

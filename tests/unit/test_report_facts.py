@@ -1,8 +1,13 @@
 """What a run says of itself: settings that the command line changed, seeds, the plan before the first step."""
 
+import platform
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-from verl_dft.provenance import commit, hardware, made_here, typed
+from verl_dft.provenance import commit, made_here, now, typed
 from verl_dft.recipe import write_run
 from verl_dft.recipes.load import load_recipe
 from verl_dft.recipes.plan import plan
@@ -58,9 +63,30 @@ def test_a_run_is_described_before_its_first_step(tmp_path: Path) -> None:
     assert "the recipe's file mine.yaml has changed since this run" in read_run(folder).notes
 
 
+def test_a_comment_makes_no_other_version_and_a_key_does(tmp_path: Path) -> None:
+    def of(text: str) -> str:
+        (tmp_path / "mine.yaml").write_text(text)
+        return run_facts(settings_of(load_recipe(str(tmp_path / "mine.yaml")), []))["recipe_hash"]
+
+    assert of(RECIPE) == of(RECIPE + "# edited\n") == of(RECIPE + "scales: {paper: {keys: {seeds: [3]}}}\n")
+    assert of(RECIPE) != of(RECIPE.replace("rows: 8", "rows: 9"))
+
+
 def test_where_and_by_what_a_number_was_made() -> None:
-    made = made_here()
-    assert made["hardware"] == hardware() and "logical core" in hardware()
-    assert made["commit"] == commit() and (commit() is None or len(commit().split()[0]) == 40)
-    assert made["versions"]["verl_dft"] and made["at"].endswith("Z")
-    assert typed("python x") == "python x"
+    before = now()
+    made = made_here("c0de")
+    assert made["commit"] == "c0de" and before <= made["at"] <= now()
+    assert made["versions"]["python"] == platform.python_version()
+    assert re.fullmatch(r".+, [1-9]\d* logical cores(, .+)?", made["hardware"])
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        head = subprocess.run(
+            ["git", "-C", root, "log", "-1", "--format=%H"], capture_output=True, text=True, check=True
+        )
+        assert str(commit()).removesuffix(" with changes") == head.stdout.strip()
+
+
+def test_commands_are_shown_as_one_would_type_them() -> None:
+    python = shlex.quote(sys.executable)
+    assert typed(f"{python} -m verl_dft.cli train 'a=b c'") == "verl-dft train 'a=b c'"
+    assert typed(f"{python} scripts/x.py") == "python scripts/x.py"

@@ -7,6 +7,7 @@ direction, and the verdict follows from the interval alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from verl_dft.analysis.output import Analysis
 from verl_dft.analysis.quantities import QUANTITIES, Source, evaluated, result_file, result_of
 from verl_dft.analysis.runs import parse_runs
 from verl_dft.errors import InputError
+from verl_dft.evaluation.metrics import difference_ci95
 from verl_dft.report.tables import Table
 
 DIRECTIONS = ("greater", "less")
@@ -43,6 +45,26 @@ def check(config: Mapping[str, Any]) -> None:
                            ("right", labels)):  # fmt: skip
             if claim[key] not in valid:
                 raise InputError(f"claims.{name}.{key} is {claim[key]!r}, not one of {', '.join(map(str, valid))}")
+    _check_seeds(config["runs"], config["seeds"])
+
+
+def _check_seeds(runs: Mapping[str, Any], seeds: Any) -> None:
+    """Raise InputError unless every label has a path for each seed, and another one for each."""
+    paths = {label: [value] if isinstance(value, str) else value for label, value in runs.items()}
+    for label, found in paths.items():
+        if not isinstance(found, list) or not found or not all(isinstance(path, str) for path in found):
+            raise InputError(f"runs.{label} must be a path, or a list of one path for each seed")
+    counts = {label: len(found) for label, found in paths.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"runs must have the same seeds for all labels, one path each; they have {counts}")
+    number = next(iter(counts.values()))
+    if seeds is not None and not isinstance(seeds, list):
+        raise InputError(f"seeds={seeds} must be a list, e.g. seeds=[1,2,3]")
+    if seeds and len(seeds) != number:
+        raise InputError(f"seeds={seeds} names {len(seeds)} seeds; every label of runs has {number} paths")
+    for label, found in paths.items():  # given twice it would count as two, and make an interval narrower
+        if len({Path(path).expanduser().resolve() for path in found}) < number:
+            raise InputError(f"runs.{label} has the same path twice; a seed is a run of its own")
 
 
 def run(config: Mapping[str, Any]) -> Analysis:
@@ -50,13 +72,7 @@ def run(config: Mapping[str, Any]) -> Analysis:
     check(config)
     evaluations = evaluated(config["evaluations"])
     runs = {p.label: [Source(path, evaluations) for path in p.paths] for p in parse_runs(config["runs"])}
-    counts = {label: len(sources) for label, sources in runs.items()}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"runs must have the same seeds for all labels, one path each; they have {counts}")
-    number = next(iter(counts.values()))
-    seeds = [str(seed) for seed in config["seeds"] or range(1, number + 1)]
-    if len(seeds) != number:
-        raise InputError(f"seeds={config['seeds']} names {len(seeds)} seeds; every label of runs has {number} paths")
+    seeds = [str(seed) for seed in config["seeds"] or range(1, len(next(iter(runs.values()))) + 1)]
     by_seed = [record for name, claim in config["claims"].items() for record in pairs(name, claim, runs, seeds)]
     records = [summary(name, claim, by_seed) for name, claim in config["claims"].items()]
     levels = accuracies(runs, seeds)
@@ -91,9 +107,15 @@ def pairs(
 def summary(name: str, claim: Mapping[str, Any], by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The claim with the mean of both sides, the interval of the paired difference and the verdict."""
     mine = [record for record in by_seed if record["name"] == name]
-    estimate = over_runs([record["difference"] for record in mine])
+    estimate = over_seeds([record["difference"] for record in mine])
     means = {f"{side}_mean": fmean(record[side] for record in mine) for side in ("left", "right")}
     return {"name": name, **claim, **means, **estimate.columns(), "verdict": verdict(estimate, claim["direction"])}
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Their mean with its interval; without one where they have no spread: chance is unknown then, and not 0."""
+    found = over_runs(values)
+    return found if difference_ci95(values) else replace(found, low=None, high=None)
 
 
 def accuracies(runs: Mapping[str, Sequence[Source]], seeds: Sequence[str]) -> list[dict[str, Any]]:
@@ -136,7 +158,7 @@ def accuracy_table(levels: Sequence[Mapping[str, Any]], seeds: Sequence[str]) ->
     rows = []
     for label in dict.fromkeys(record["label"] for record in levels):
         values = [record["accuracy"] for record in levels if record["label"] == label]
-        rows.append([label, *(f"{100 * value:.1f}" for value in values), over_runs(values).text(1, 100)])
+        rows.append([label, *(f"{100 * value:.1f}" for value in values), over_seeds(values).text(1, 100)])
     return Table(["run", *(f"seed {seed}" for seed in seeds), "mean (95% interval)"], rows)
 
 

@@ -72,7 +72,10 @@ def _accuracy(left: Source, right: Source) -> tuple[float, float]:
 
 
 def _statistics(name: str, same: str) -> Callable[[Source, Source], tuple[float, float]]:
-    """A mean over all rows of ``verl-dft score``; ``same``: the fact in which both sides must agree."""
+    """A mean over all rows of ``verl-dft score``; ``same``: the fact in which both sides must agree.
+
+    KL is of the same rows under two models, log-probs are of two texts of the same problems.
+    """
 
     def pair(left: Source, right: Source) -> tuple[float, float]:
         found = [read_json(side.path / "statistics.json") for side in (left, right)]
@@ -81,8 +84,14 @@ def _statistics(name: str, same: str) -> Callable[[Source, Source], tuple[float,
             raise InputError(
                 f"{left.path} and {right.path} have different {same}: {facts[0]} and {facts[1]}; score both alike"
             )
+        rows = [read_scored(side.path) for side in (left, right)]
         if name.startswith("kl_"):
-            check_same_rows({"left": read_scored(left.path), "right": read_scored(right.path)})
+            check_same_rows(dict(zip(("left", "right"), rows, strict=True)))
+        elif only := sorted(set(rows[0].problems) ^ set(rows[1].problems)):
+            raise InputError(
+                f"{left.path} and {right.path} have different problems: {len(only)} are in one alone ({only[0]!r} for "
+                "one); score texts of the same problems"
+            )
         try:
             first, second = (float(one["by_origin"]["all"][name]["mean"]) for one in found)
         except (KeyError, TypeError):

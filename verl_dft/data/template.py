@@ -64,8 +64,7 @@ class Tokens(NamedTuple):
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Ids that the tokenizer's model has, by the ``config.json`` beside it; without one the tokenizer's own.
 
-    Models pad their vocabulary, and a sampler draws such an id once in a long while: it is the model's all the same.
-    """
+    Models pad their vocabulary, and once in a long while a sampler draws such an id."""
     from transformers.utils import cached_file
 
     name = getattr(tokenizer, "name_or_path", "")

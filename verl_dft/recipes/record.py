@@ -1,10 +1,13 @@
 """What ``run.json`` says of a run besides its steps' results: its settings, and how they differ from the recipe's."""
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from verl_dft.files import sha256_file
+from verl_dft.recipes.load import Recipe, shared_scales
 from verl_dft.recipes.plan import Planned
 from verl_dft.recipes.settings import Settings, settings_of
 
@@ -19,6 +22,7 @@ def run_facts(settings: Settings) -> dict[str, Any]:
         "recipe": recipe.name,
         "recipe_path": str(recipe.path.absolute()),
         "recipe_sha256": sha256_file(recipe.path),
+        "recipe_hash": recipe_hash(recipe, settings.scale),
         "title": recipe.title,
         "source": recipe.source,
         "scale": settings.scale,
@@ -27,6 +31,12 @@ def run_facts(settings: Settings) -> dict[str, Any]:
         "keep": settings.keep,
         "changed": changed(settings),
     }
+
+
+def recipe_hash(recipe: Recipe, scale: str) -> str:
+    """Of what decides a recipe's steps at a scale: not of comments, nor of other scales."""
+    parts = [recipe.keys, recipe.steps, recipe.options, recipe.scales.get(scale), shared_scales().get(scale)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def step_facts(step: Planned, record_id: str, settings: Settings, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,14 +129,14 @@ def _ours(run: Run, block: Block, measured: Measured, model: str, method: str, c
         kinds = ["stages"] if block.unit == "problems" else []
     for kind in kinds:
         seeds = seeds_of(measured, kind, model, method, block)
-        number = number_of(seeds, column) if seeds and _whole(block, seeds, column) else None
+        number = number_of(seeds, column) if seeds and whole(block, seeds, column) else None
         if number is not None:
             return number
     return None
 
 
-def _whole(block: Block, seeds: Mapping[str, Columns], column: str) -> bool:
-    """An average is compared only if it is over the benchmarks of the block's other columns."""
+def whole(block: Block, seeds: Mapping[str, Columns], column: str) -> bool:
+    """Whether a column may be compared: an average only if it is over the benchmarks of the block's other columns."""
     if column != "avg":
         return True
     wanted = {name for name in block.columns if name != "avg"}

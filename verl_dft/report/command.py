@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ from verl_dft.files import atomic_write, write_json, writing
 from verl_dft.provenance import now
 from verl_dft.report import html
 from verl_dft.report.beside import STATUSES, Limits, check_limits
-from verl_dft.report.parts import HEAD, Folded, Heading, Items, Part, Picture, Shown, Text, to_html, to_markdown
+from verl_dft.report.parts import (
+    HEAD,
+    Folded,
+    Heading,
+    Items,
+    Part,
+    Picture,
+    Shown,
+    Text,
+    plain_text,
+    to_html,
+    to_markdown,
+)
 from verl_dft.report.recipe_page import Page, page_of
 from verl_dft.report.runs import find_runs, read_run
 from verl_dft.report.tables import Table
@@ -30,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     from verl_dft.config import command_line, compose, split_config_name
     from verl_dft.sampling.configure import plain
 
-    paths = [item for item in argv if not item.startswith("-") and ("=" not in item or Path(item).exists())]
-    name, overrides = split_config_name([item for item in argv if item not in paths], "report")
+    paths, rest = _split(argv)
+    name, overrides = split_config_name(rest, "report")
     if not paths:
         raise InputError(f"verl-dft report needs a run; usage: {_USAGE}")
     config = plain(compose(name, overrides))
@@ -54,6 +67,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Runs, and everything else: overrides, ``--config-name NAME``."""
+    paths: list[str] = []
+    rest: list[str] = []
+    items = iter(argv)
+    for item in items:
+        if item == "--config-name":
+            rest += [item, *islice(items, 1)]
+        else:
+            (rest if item.startswith("-") or ("=" in item and not Path(item).exists()) else paths).append(item)
+    return paths, rest
+
+
 def read_pages(paths: Sequence[str], limits: Limits, num_samples: int) -> tuple[list[Page], list[str]]:
     """The runs that can be read, and a line for each that cannot. Raises InputError where no run is left."""
     runs, broken = [], []
@@ -65,10 +91,13 @@ def read_pages(paths: Sequence[str], limits: Limits, num_samples: int) -> tuple[
     if not runs:
         raise InputError(broken[0])
     counts: Counter[tuple[str, str]] = Counter()
+    slugs: Counter[str] = Counter()
     pages = []
     for run in sorted(runs, key=lambda run: (run.recipe, run.scale, str(run.root))):
         counts[run.recipe, run.scale] += 1
-        pages.append(page_of(replace(run, number=counts[run.recipe, run.scale]), limits, num_samples))
+        slugs[run.slug] += 1
+        numbered = replace(run, number=counts[run.recipe, run.scale], same_slug=slugs[run.slug])
+        pages.append(page_of(numbered, limits, num_samples))
     return pages, broken
 
 
@@ -99,7 +128,7 @@ def write(pages: Sequence[Page], broken: Sequence[str], folder: Path, limits: Li
                 shutil.copyfileobj(source, file)
         with atomic_write(folder / f"{page.run.slug}.md") as file:
             file.write(to_markdown([*page.parts, Text(written)], "figures", raised=1))
-    links = "\n".join(f"- [{page.run.name}]({page.run.slug}.md)" for page in pages)
+    links = "\n".join(f"- [{plain_text(page.run.name)}]({page.run.slug}.md)" for page in pages)
     with atomic_write(folder / "report.md") as file:
         plain = [part for part in head if not isinstance(part, Items)]
         file.write(f"# {_TITLE}\n\n{to_markdown(plain, 'figures')}\n{links}\n\n{written}\n")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl_dft.report.beside import Limits, allowance, kind_of, not_comparable, seeds_of
+from verl_dft.report.beside import Limits, allowance, kind_of, not_comparable, seeds_of, whole
 from verl_dft.report.expected import Block, Difference
 from verl_dft.report.measured import Measured
 from verl_dft.report.numbers import Number, number_of, paired
@@ -73,7 +73,13 @@ def _pair_at_paper(
         seeds_of(measured, kind_of(block), stated.model, method, block) for method in (stated.method, stated.against)
     ]
     why, ours, allowed, status = "", None, None, "not run"
-    if all(seeds):
+    if block.unit == "nats":
+        ours, why = _own_logps(block, measured, stated.method, stated.against, stated.column, stated.model)
+        if ours is not None:  # of other texts than the paper's
+            status, why = "not comparable", not_comparable(run, block, stated.model, ours)
+    elif all(seeds) and not all(whole(block, side, stated.column) for side in seeds):
+        why = "not of all benchmarks"
+    elif all(seeds):
         ours, why = paired(seeds[0], seeds[1], stated.column)
         ends = [number_of(side, stated.column) for side in seeds]
         if ours is not None and ends[0] is not None and ends[1] is not None:
@@ -124,11 +130,9 @@ def _direction(block: Block, measured: Measured, group: Sequence[Difference], de
 def _own_difference(
     block: Block, measured: Measured, method: str, against: str, column: str
 ) -> tuple[Number | None, str]:
-    """Ours, over all benchmarks of a run, or of log-probs the paired difference that the run has itself."""
-    if block.unit == "nats" and {method, against} == {"rewriting", "sft"}:
-        found = [number_of(seeds, column) for (_, name), seeds in measured["logp"].items()
-                 if name == f"{method} minus {against}"]  # fmt: skip
-        return (found[0], "") if found and found[0] is not None else (None, "not measured")
+    """Ours at a scale that is not the paper's: over all benchmarks of a run, of whatever model it is."""
+    if block.unit == "nats":
+        return _own_logps(block, measured, method, against, column)
     if block.unit != "%":
         return None, "not a difference of accuracies"
     found_sides = [[seeds for (_, name), seeds in measured[kind_of(block)].items() if name == side]
@@ -136,3 +140,16 @@ def _own_difference(
     if not all(found_sides):
         return None, f"this run has no {method if not found_sides[0] else against}"
     return paired(found_sides[0][0], found_sides[1][0], "avg")
+
+
+def _own_logps(
+    block: Block, measured: Measured, method: str, against: str, column: str, model: str | None = None
+) -> tuple[Number | None, str]:
+    """Of log-probs the paired difference that the run has itself; ``model``: of that one alone."""
+    if (method, against) != ("rewriting", "sft"):
+        return None, "not a difference of log-probs that a run has"
+    name = f"{method} minus {against}"
+    every = [seeds for (_, called), seeds in measured["logp"].items() if called == name]
+    found = every if model is None else [seeds_of(measured, "logp", model, name, block)]
+    number = number_of(found[0], column) if found else None
+    return number, "" if number else "not measured"

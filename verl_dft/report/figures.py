@@ -7,7 +7,7 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
 from verl_dft.report.parts import Folded, Heading, Part, Picture, Text, Verbatim
-from verl_dft.report.runs import Run, RunStep, read_json
+from verl_dft.report.runs import Run, RunStep, file_name, read_json
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHARS = 1500
@@ -29,9 +29,9 @@ def _pictures(run: Run, step: RunStep) -> Iterator[Part]:
     for path in sorted(step.folder.glob("*.manifest.json")):
         try:
             manifest = read_json(path)
-            captions |= manifest.get("captions") or {}
-            hashes |= manifest.get("figures") or {}
-        except (InputError, AttributeError, TypeError):
+            captions |= _texts(manifest.get("captions"))
+            hashes |= _texts(manifest.get("figures"))
+        except (InputError, AttributeError):
             run.problems.append(f"{step.name}: {run.relative(path)} is damaged")
     missing = [name for name in hashes if name.endswith(".png") and not (step.folder / name).is_file()]
     run.problems.extend(f"{step.name}: {name} is missing" for name in missing)
@@ -41,7 +41,12 @@ def _pictures(run: Run, step: RunStep) -> Iterator[Part]:
         if not whole or hashes.get(path.name, "") not in ("", sha256_file(path)):
             run.problems.append(f"{step.name}: {path.name} is not the figure that the step drew")
             continue
-        yield Picture(path, f"{run.slug}-{step.name}-{path.name}", captions.get(path.stem) or path.stem)
+        yield Picture(path, file_name(f"{run.slug}-{step.name}-{path.name}"), captions.get(path.stem) or path.stem)
+
+
+def _texts(found: Any) -> dict[str, str]:
+    """A mapping of a manifest; nothing where there is none. AttributeError for anything else."""
+    return {name: str(text) for name, text in (found or {}).items()}
 
 
 def _pages(step: RunStep) -> Iterator[Part]:

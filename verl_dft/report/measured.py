@@ -38,7 +38,11 @@ Entry = tuple[str, str, str, str, str, Number]
 
 
 def collect(run: Run) -> Measured:
-    """Everything that the finished steps of a run measured. Files that cannot be read go to ``run.problems``."""
+    """Everything that the finished steps of a run measured.
+
+    Files that cannot be read go to ``run.problems``, and so do two steps that measured the same of the same: the first
+    one's numbers stand.
+    """
     found: Measured = {kind: {} for kind in KINDS}
     readers = {"evaluate": _evaluations, "rewrite": _stages, "score": _scores, "train": _training, "rl": _training}
     for step in run.steps:
@@ -47,12 +51,23 @@ def collect(run: Run) -> Measured:
             continue
         try:
             for kind, model, method, seed, column, number in reader(run, step):
-                found[kind].setdefault((model, method), {}).setdefault(seed, {})[column] = number
+                columns = found[kind].setdefault((model, method), {}).setdefault(seed, {})
+                if column in columns:
+                    run.problems.append(_twice(step, columns[column], kind, model, method, seed, column))
+                columns.setdefault(column, number)
         except InputError as error:
             run.problems.append(f"{step.name}: {error}".replace(f"{run.root}/", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             run.problems.append(f"{step.name}: its results are not as verl-dft {step.verb} writes them ({error!r})")
     return found
+
+
+def _twice(step: RunStep, first: Number, kind: str, model: str, method: str, seed: str, column: str) -> str:
+    whose = ", ".join(part for part in (model, method, f"seed {seed}" if seed else "") if part)
+    return (
+        f"{step.name}: its {column} of {whose} ({kind}) is left out, for {', '.join(first.steps)} has one too; give "
+        "the steps or their arms other names"
+    )
 
 
 # ---- readers ----
@@ -101,11 +116,17 @@ def _scores(run: Run, step: RunStep) -> Iterable[Entry]:
     everything = statistics["by_origin"]["all"]
     if "by_stage" not in statistics and not any(name in everything for name in _KL):
         number = _estimate(everything["per_token"], everything["problems"], "nats per token", "mean", step)
-        yield "scored", model, method_of(step.step, step.arms), step.seed, "all", number
+        yield "scored", model, _scored_method(step), step.seed, "all", number
     for name, column in _KL.items():
         if name in everything:
             number = _estimate(everything[name], everything["problems"], "nats per token", name.replace("_", " "), step)
-            yield "kl", model, method_of(step.step, step.arms), step.seed, column, number
+            yield "kl", model, _scored_method(step), step.seed, column, number
+
+
+def _scored_method(step: RunStep) -> str:
+    """Arms that are no methods (steps of a training, models) do not say alone what was scored: the step's name does."""
+    own, method = method_of(step.step, {}), method_of(step.step, step.arms)
+    return method if "method" in step.arms or not set(step.arms) - {"model"} else f"{own}-{method}"
 
 
 def _estimate(found: Mapping[str, Any], problems: int, unit: str, metric: str, step: RunStep) -> Number:

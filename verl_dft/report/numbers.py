@@ -1,7 +1,7 @@
 """Numbers of ours: with their interval, over problems or over seeds, and differences taken problem by problem."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -48,9 +48,19 @@ Columns = dict[str, Number]
 """Column -> number, of one model, method and seed."""
 
 
-def number_of(seeds: Mapping[str, Columns], column: str) -> Number | None:
-    """A column's number, over all seeds that have it; ``avg``: the mean over the benchmarks of each."""
-    found = [columns[column] if column in columns else _average(columns) if column in ("avg", "accuracy") else None
+def columns_of(arms: Mapping[Any, Mapping[str, Columns]]) -> list[str]:
+    """All columns of a kind of measurement, in the order in which they come."""
+    return list(dict.fromkeys(column for seeds in arms.values() for found in seeds.values() for column in found))
+
+
+def number_of(seeds: Mapping[str, Columns], column: str, whole: Collection[str] = ()) -> Number | None:
+    """A column's number, over all seeds that have it; ``avg``: the mean over the benchmarks of each.
+
+    Args:
+        whole: the benchmarks that an average must be over: seeds without one of them have none.
+    """
+    found = [columns[column] if column in columns
+             else _average(columns) if column in ("avg", "accuracy") and set(whole) <= columns.keys() else None
              for columns in seeds.values()]  # fmt: skip
     numbers = [number for number in found if number is not None]
     if len(numbers) < 2:
@@ -122,8 +132,8 @@ def accuracy(result: Mapping[str, Any], step: str, k: int | None = None) -> Numb
     interval = clustered_ci95(list(shares.values()))
     low, high = (100 * interval[0], 100 * interval[1]) if interval else (None, None)
     spread = result.get("std_over_runs") if k is None else None
-    # two averages of n runs each, on the same problems
-    noise = 100 * t975(2 * n - 2) * math.sqrt(2 / n) * spread if spread is not None and n > 1 else None
+    # two averages of n runs each, on the same problems; their spread is known from our n runs alone
+    noise = 100 * t975(n - 1) * math.sqrt(2 / n) * spread if spread is not None and n > 1 else None
     limit = result.get("limit")
     return Number(100 * fmean(shares.values()), low, high, "problems", f"avg@{n}" if k is None else f"pass@{k}", "%",
                   (step,), noise, {result["benchmark"]: shares}, f"limit={limit}" if limit else "")  # fmt: skip

@@ -1,5 +1,6 @@
 """A document as a list of parts, written as Markdown or as HTML: what a page says is said once for both."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -115,20 +116,20 @@ def to_markdown(parts: Iterable[Part], figures: str, raised: int = 0) -> str:
     lines: list[str] = []
     for part in parts:
         if isinstance(part, Heading):
-            lines += [f"{'#' * max(1, part.level - raised)} {_plain(part.text)}", ""]
+            lines += [f"{'#' * max(1, part.level - raised)} {plain_text(part.text)}", ""]
         elif isinstance(part, Text):
-            lines += [f"**{_plain(part.text)}**" if part.kind == "problem" else _plain(part.text), ""]
+            lines += [f"**{plain_text(part.text)}**" if part.kind == "problem" else plain_text(part.text), ""]
         elif isinstance(part, Items):
-            lines += [*(f"- {_plain(item)}" for item in part.items), ""]
+            lines += [*(f"- {plain_text(item)}" for item in part.items), ""]
         elif isinstance(part, Shown):
             lines += [_aligned(_inert(part.table)), ""]
         elif isinstance(part, Picture):
-            lines += [f"![{_plain(part.caption)}]({figures}/{part.name})", ""]
+            lines += [f"![{plain_text(part.caption)}]({figures}/{part.name})", ""]
         elif isinstance(part, Verbatim):
             fence = "`" * max(3, _longest(part.text) + 1)
             lines += [fence, part.text, fence, ""]
         elif not part.html_only:
-            lines += [f"**{_plain(part.title)}**", "", to_markdown(part.parts, figures, raised)]
+            lines += [f"**{plain_text(part.title)}**", "", to_markdown(part.parts, figures, raised)]
     return "\n".join(lines)
 
 
@@ -137,9 +138,9 @@ def _html_item(item: str, links: Mapping[str, str]) -> str:
     return f'<li><a href="#{escape(links[item], quote=True)}">{text}</a></li>' if item in links else f"<li>{text}</li>"
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown takes for text: on one line, without tags."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("<", "\\<").replace("`", "\\`").replace("*", "\\*")
+def plain_text(text: str) -> str:
+    """Text that Markdown takes for text: on one line, without tags, links or images."""
+    return re.sub(r"[\\<`*\[\]!]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _aligned(table: Table) -> str:
@@ -151,10 +152,10 @@ def _aligned(table: Table) -> str:
 
 
 def _inert(table: Table) -> Table:
-    """A table whose cells hold no tags."""
+    """A table whose cells hold no tags, links or images."""
 
     def cell(text: str) -> str:
-        return text.replace("<", "&lt;")
+        return text.replace("<", "&lt;").replace("[", "&#91;").replace("]", "&#93;")  # a backslash is escaped later
 
     return Table([cell(text) for text in table.header], [[cell(text) for text in row] for row in table.rows])
 

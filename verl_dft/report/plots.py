@@ -1,6 +1,5 @@
-"""Training curves and accuracy by step from ``metrics.jsonl`` files. matplotlib is imported when a plot is drawn."""
+"""Training curves from ``metrics.jsonl`` files. matplotlib is imported when a plot is drawn."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,6 @@ CURVES = (
     ("train/token_weight", "mean token weight"),
 )
 """Metric and title of each panel; ``nll`` and ``token_weight`` mean the same for every objective."""
-
-_ACCURACY = re.compile(r"eval/(.+)/avg$")
 
 
 def series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[list[float], list[float]]:
@@ -47,36 +44,6 @@ def training_curves(
     return Path(out)
 
 
-def accuracy_curves(runs: Mapping[str, str | Path], out: str | Path, benchmarks: Sequence[str] = ()) -> Path:
-    """Draw accuracy in percent by step, as DFT's Fig. 1 and GFT's Fig. 3: a panel per benchmark, a line per run.
-
-    A band is the 95% interval, over problems, of one evaluation; evaluations of a run share problems and seeds, so
-    neighbouring steps differ by less than their bands suggest.
-
-    Args:
-        runs: name -> path of its ``metrics.jsonl``, of runs with ``trainer.eval_every``.
-        out: the PNG to write, atomically.
-        benchmarks: whose panels, in this order; none: all that a run has.
-
-    Raises:
-        InputError: a file is missing, or no run has a benchmark's accuracy.
-    """
-    data = {name: read_metrics(path) for name, path in runs.items()}
-    found = dict.fromkeys(match[1] for rows in data.values() for row in rows for key in row
-                          if (match := _ACCURACY.match(key)))  # fmt: skip
-    if missing := [name for name in benchmarks if name not in found]:
-        raise InputError(f"none of the runs {', '.join(data)} has accuracy on {missing[0]}; they have {list(found)}")
-    if not found:
-        raise InputError(f"none of the runs {', '.join(data)} has accuracy by step; train with trainer.eval_every=N")
-    names = list(benchmarks or found)
-    with _figure(out, len(names)) as axes:
-        for axis, benchmark in zip(axes, names, strict=True):
-            _accuracy_panel(axis, data, f"eval/{benchmark}")
-            axis.set_title(f"{benchmark}: accuracy (%), band: 95% interval", fontsize=10)
-            axis.set_xlabel("step")
-    return Path(out)
-
-
 @contextmanager
 def _figure(out: str | Path, panels: int) -> Iterator[Sequence[Any]]:
     """The axes of a row of panels, written to ``out`` when the block ends."""
@@ -95,19 +62,6 @@ def _figure(out: str | Path, panels: int) -> Iterator[Sequence[Any]]:
             figure.savefig(file, dpi=110, format="png")
     finally:
         plt.close(figure)
-
-
-def _accuracy_panel(axis: Any, data: Mapping[str, Sequence[Mapping[str, float]]], prefix: str) -> None:
-    for index, (name, rows) in enumerate(data.items()):
-        color = f"C{index}"
-        steps, values = series(rows, f"{prefix}/avg")
-        axis.plot(steps, [100 * v for v in values], color=color, label=name, marker="o", markersize=3, linewidth=1.4)
-        low_steps, low = series(rows, f"{prefix}/ci95_low")
-        _, high = series(rows, f"{prefix}/ci95_high")
-        low, high = ([100 * v for v in values] for values in (low, high))
-        axis.fill_between(low_steps, low, high, color=color, alpha=0.15, linewidth=0)
-        axis.vlines(low_steps, low, high, color=color, alpha=0.4, linewidth=1)  # one evaluation has no band
-    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _has_validation(data: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> bool:

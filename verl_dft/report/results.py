@@ -12,9 +12,10 @@ from typing import Any
 
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file, write_json
-from verl_dft.recipes.load import SCALES, Recipe, load_recipe, recipe_names, shared_scales
+from verl_dft.recipes.load import SCALES, Recipe, load_recipe, recipe_names
+from verl_dft.recipes.record import recipe_hash
 from verl_dft.report.measured import KINDS, Measured
-from verl_dft.report.numbers import number_of
+from verl_dft.report.numbers import columns_of, number_of
 from verl_dft.report.recipe_page import Page
 from verl_dft.report.tables import Table
 
@@ -51,9 +52,8 @@ def entry_of(page: Page) -> dict[str, Any]:
         found = by_verb.setdefault(step.verb, {"steps": 0, "seconds": 0.0})
         found["steps"] += 1
         found["seconds"] = round(found["seconds"] + step.record["seconds"], 1)
-    as_run = not any("has changed since" in note for note in run.notes)
     return {
-        "recipe": recipe_hash(load_recipe(run.recipe), run.scale) if as_run else "an earlier version",
+        "recipe": str(run.facts.get("recipe_hash") or "an earlier version"),  # as it was run, whatever it is now
         "finished": max(one["at"] for one in made),
         "commit": list(dict.fromkeys(one.get("commit") for one in made)),
         "hardware": list(dict.fromkeys(one.get("hardware") for one in made)),
@@ -65,12 +65,6 @@ def entry_of(page: Page) -> dict[str, Any]:
         "results": _results(page.measured),
         "sha256": _digest(page),
     }
-
-
-def recipe_hash(recipe: Recipe, scale: str) -> str:
-    """Of what decides a recipe's steps at a scale: not of comments, nor of other scales."""
-    parts = [recipe.keys, recipe.steps, recipe.options, recipe.scales.get(scale), shared_scales().get(scale)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def record(path: Path, pages: Sequence[Page]) -> list[str]:
@@ -144,10 +138,11 @@ def _results(measured: Measured) -> list[dict[str, Any]]:
     kinds = [kind for kind in _KINDS if measured[kind]] or [kind for kind in KINDS if measured[kind]]
     found = []
     for kind in kinds:
+        whole = columns_of(measured[kind])
         for (model, method), seeds in measured[kind].items():
             columns = list(dict.fromkeys(column for one in seeds.values() for column in one))
-            for column in [*columns, "avg"] if kind == "evaluation" and len(columns) > 1 else columns:
-                number = number_of(seeds, column)
+            for column in [*columns, "avg"] if kind == "evaluation" and len(whole) > 1 else columns:
+                number = number_of(seeds, column, whole)
                 if number is not None:
                     ends = None if number.low is None or number.high is None else [number.low, number.high]
                     interval = ends and [round(end, 4) for end in ends]

@@ -4,6 +4,8 @@ Nothing here stops at a run that is incomplete: what is wrong is a line in ``pro
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,8 @@ from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
 
 FILE = "run.json"
-READ = ("result.json", "statistics.json", "metrics.jsonl")
-"""Outputs that numbers are taken from: their content must be what the step's record says."""
+READ = ("result.json", "statistics.json", "metrics.jsonl", ".md", ".png", "samples.parquet")
+"""Ends of names of outputs that a report takes something from: their content must be what the step's record says."""
 DONE = "done"
 
 
@@ -63,6 +65,8 @@ class Run:
     """What to know about it though nothing is missing."""
     number: int = 1
     """Above 1 for further runs of the same recipe and scale, in other output folders."""
+    same_slug: int = 1
+    """Above 1 for further runs whose names are the same in a file's name."""
 
     @property
     def name(self) -> str:
@@ -71,15 +75,16 @@ class Run:
     @property
     def slug(self) -> str:
         """A name for files and anchors."""
-        return f"{self.recipe}-{self.scale}".replace("/", "-") + (f"--{self.number}" if self.number > 1 else "")
-
-    @property
-    def done(self) -> bool:
-        return all(step.done for step in self.steps)
+        return file_name(f"{self.recipe}-{self.scale}") + (f"--{self.same_slug}" if self.same_slug > 1 else "")
 
     def relative(self, path: Path | str) -> str:
         """A path as seen from the output folder."""
         return str(Path(path).relative_to(self.root)) if Path(path).is_relative_to(self.root) else str(path)
+
+
+def file_name(text: str) -> str:
+    """``text`` as a part of a file's name: what separates folders, or ends a link, becomes ``-``."""
+    return re.sub(r"[^\w.,=-]+", "-", text)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Path]:
@@ -134,12 +139,18 @@ def read_json(path: Path) -> Any:
 def _step(root: Path, raw: Mapping[str, Any]) -> RunStep:
     folder = root / str(raw["folder"])
     file = root / str(raw.get("record") or f"steps/{str(raw['verb']).split()[0]}-{folder.name}.json")
-    record = _record(file)
     results = tuple(root / str(path) for path in raw.get("results") or ())
     arm = {str(variable): str(name) for variable, name in (raw.get("arm") or {}).items()}
+    inside = Path(os.path.normpath(root))
+    outside = [path for path in (folder, file, *results) if not Path(os.path.normpath(path)).is_relative_to(inside)]
+    if outside:
+        record, results, state = {}, (), f"{outside[0]} is not below the output folder, so nothing is taken from it"
+    else:
+        record = _record(file)
+        state = _state(record, folder, root, file)
     return RunStep(
         str(raw["name"]), str(raw["step"]), str(raw["verb"]), arm, folder, results,
-        raw.get("seeds") or {}, record, _state(record, folder, root, file),
+        raw.get("seeds") or {}, record, state,
     )  # fmt: skip
 
 
@@ -172,7 +183,7 @@ def _broken(record: Mapping[str, Any], folder: Path, root: Path) -> Iterator[str
         path = folder / below
         if not path.is_file():
             yield f"{path.relative_to(root)} is missing"
-        elif path.name in READ and sha256_file(path) != digest:
+        elif path.name.endswith(READ) and sha256_file(path) != digest:
             yield f"{path.relative_to(root)} is not the file that the step wrote: its hash has changed"
 
 

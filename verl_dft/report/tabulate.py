@@ -6,7 +6,7 @@ from verl_dft.report.beside import STATUSES, Cell
 from verl_dft.report.differences import Pair
 from verl_dft.report.expected import Block
 from verl_dft.report.measured import Measured
-from verl_dft.report.numbers import Columns, Number, number_of
+from verl_dft.report.numbers import Columns, Number, columns_of, number_of
 from verl_dft.report.tables import Table
 
 NONE = "–"
@@ -36,13 +36,13 @@ def papers_values(block: Block, cells: Sequence[Cell]) -> Table:
 def ours(measured: Measured, kind: str, block: Block | None) -> Table:
     """All numbers of one kind, a row for each model and method; where there is a block, the paper's beside them.
 
+    An average is over all benchmarks of the run: a row of fewer has none.
     The paper's are rows of their own where it has the same columns, else columns: its averages by model, or of one
     model all.
     """
     arms = measured[kind]
-    columns = list(dict.fromkeys(column for seeds in arms.values() for found in seeds.values() for column in found))
-    if kind == "evaluation" and len(columns) > 1:
-        columns.append("avg")
+    measured_columns = columns_of(arms)
+    columns = [*measured_columns, "avg"] if kind == "evaluation" and len(measured_columns) > 1 else measured_columns
     shared = block is not None and bool(set(block.columns) & set(columns))
     stated = [] if shared or block is None else _beside(block)
     beside = [(name, column) for name, column in stated if any(
@@ -51,7 +51,7 @@ def ours(measured: Measured, kind: str, block: Block | None) -> Table:
     header += [f"paper: {model} {column}" for model, column in beside]
     rows = []
     for (model, method), seeds in sorted(arms.items(), key=lambda item: _order(block, item[0][1])):
-        numbers = [number_of(seeds, column) for column in columns]
+        numbers = [number_of(seeds, column, measured_columns) for column in columns]
         values = [_paper(_value(block, paper, method, column)) if block else "" for paper, column in beside]
         steps = ", ".join(dict.fromkeys(step for number in numbers if number for step in number.steps))
         rows.append([model or NONE, method, *(_text(number) for number in numbers), *values, steps])
