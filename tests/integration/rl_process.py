@@ -58,6 +58,12 @@ class RlProcess:
                 continue
         return None
 
+    def caught(self, title: str, doing: str) -> psutil.Process:
+        """The process of that title once it is doing that, which may last a tenth of a second."""
+        process = self.wait_for(lambda: self.find(title))
+        self.wait_for(lambda: re.search(doing, " ".join(process.cmdline())))
+        return process
+
     def wait_for(self, condition: Callable[[], object], seconds: float = 300) -> object:
         """The first true value of ``condition``; the run must go on meanwhile."""
         deadline = time.monotonic() + seconds

@@ -67,8 +67,7 @@ def test_the_engine_dies_while_the_trainer_updates(start: Callable, out: Path) -
     """The trainer does not use the engine, and hangs besides."""
     run = start(out)
     engine = run.wait_for(lambda: run.find(ENGINE))
-    worker = run.wait_for(lambda: run.find(WORKER + r"\.\S*update_actor"))
-    worker.suspend()
+    run.caught(WORKER, "update_actor").suspend()
     code, line, seconds = run.killed(engine)
     assert code == 1 and line.startswith("error: the vLLM engine of vllm_server_0_0 has died ("), line
     assert line.endswith(" in step 3 while updating; run the same command again to go on from step 2")
@@ -115,18 +114,20 @@ def test_a_start_that_takes_too_long(start: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "during", "stopped", "phase"),
     [
-        ("sample", "ray::vLLMHttpServer.generate", ENGINE, "sampling and grading"),
-        ("update", WORKER + r"\.\S*update_actor", WORKER, "updating"),
-        ("weight_sync", WORKER + r"\.\S*update_weights", ENGINE, "weights went to vLLM"),
+        ("sample", ("ray::vLLMHttpServer", "generate"), ENGINE, "sampling and grading"),
+        ("update", (WORKER, "update_actor"), WORKER, "updating"),
+        ("weight_sync", (WORKER, "update_weights"), ENGINE, "weights went to vLLM"),
     ],
 )
-def test_a_part_that_hangs(start: Callable, tmp_path: Path, limit: str, during: str, stopped: str, phase: str) -> None:
+def test_a_part_that_hangs(
+    start: Callable, tmp_path: Path, limit: str, during: tuple[str, str], stopped: str, phase: str
+) -> None:
     """Everybody lives, and one does nothing any more."""
     run = start(tmp_path / "run", f"limits.{limit}=40")
     run.trained(1)
     process = run.find(stopped)
-    run.wait_for(lambda: run.find(during))
-    process.suspend()  # at once: some of these take a tenth of a second
+    run.caught(*during)
+    process.suspend()
     code, line = run.end(120)
     assert code == 1 and f"the run hangs: more than limits.{limit}=40 seconds" in line, line
     assert f"while {phase}; run the same command again" in line, line
