@@ -16,6 +16,7 @@ _COMMANDS = {
 
 
 @pytest.mark.parametrize("verb", list(_COMMANDS))
+@pytest.mark.nightly
 def test_killed_three_times_under_vllm(verb: str, tiny_base: Path, tmp_path: Path, run_cli: Callable) -> None:
     options, written = _COMMANDS[verb]
     command = [verb, f"model={tiny_base}", *_COMMON, *options]

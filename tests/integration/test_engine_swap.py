@@ -183,6 +183,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_replicas_take_other_weights_too(models: dict[str, Path], tmp_path: Path, run_command: Callable) -> None:
     (tmp_path / "replicas.py").write_text(_REPLICA_SCRIPT)
     second = _other_weights(models["tied"], tmp_path / "second")

@@ -100,11 +100,11 @@ def test_training_is_as_without_it(whole: tuple[int, Path], ranks: ForkServer, a
         ("evaluation.started", {0: 2, 3: 1, STEPS: 1}),  # before step 1, with nothing answered
         ("evaluation.before_log:2", {0: 1, 3: 1, STEPS: 1}),  # step 3 answered; the run goes on from step 2
         pytest.param(
-            "evaluation.after_log:2", {0: 1, 3: 1, STEPS: 1}, marks=pytest.mark.slow
+            "evaluation.after_log:2", {0: 1, 3: 1, STEPS: 1}, marks=[pytest.mark.slow, pytest.mark.nightly]
         ),  # step 3 logged, and its weights not deleted yet
         ("evaluation.before_log:3", {0: 1, 3: 1, STEPS: 1}),  # after the last step: only this is left to do
-        pytest.param("evaluation.after_log:3", {0: 1, 3: 1, STEPS: 1}, marks=pytest.mark.slow),
-        pytest.param("worker.step:5", {0: 1, 3: 1, STEPS: 1}, marks=pytest.mark.slow),
+        pytest.param("evaluation.after_log:3", {0: 1, 3: 1, STEPS: 1}, marks=[pytest.mark.slow, pytest.mark.nightly]),
+        pytest.param("worker.step:5", {0: 1, 3: 1, STEPS: 1}, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 def test_killed_and_resumed(
@@ -217,6 +217,7 @@ def test_the_real_command(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+@pytest.mark.nightly
 def test_the_real_command_with_two_ranks(
     launcher: str, train_argv: TrainArgv, tiny_base: Path, tmp_path: Path, run_cli: Callable
 ) -> None:

@@ -85,6 +85,7 @@ _KILLS = ["store.before_append", "store.after_append:9", "store.after_rename"]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_evaluation_killed_thrice_goes_on_to_the_same_bytes(
     model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable
 ) -> None:

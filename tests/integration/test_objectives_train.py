@@ -138,6 +138,7 @@ def steady(model: Path, rows: Path, cache: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_micro_batches_without_a_trained_token(
     ranks: ForkServer, tiny_base: Path, rows: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def check_objective(name: str, steps: list[dict]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_online_objective_trains_two_steps(train: Callable) -> None:
     """One run, objectives in turn (see ``online_turns.py``)."""
     from verl_dft.training.policy_options import online_names

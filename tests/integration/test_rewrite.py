@@ -92,6 +92,7 @@ def _log_probs(folder: Path) -> Callable[[Sequence[dict[str, str]], Sequence[int
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_early_stopping_agrees_with_the_literal_procedure(tiny_base: Path, tmp_path: Path, run_cli: Callable) -> None:
     """Different seeds, the same problems: stage counts and lengths of kept responses agree within four deviations."""
     found = {}

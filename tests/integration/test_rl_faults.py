@@ -116,7 +116,6 @@ def test_a_start_that_takes_too_long(start: Callable, tmp_path: Path) -> None:
     [
         ("sample", ("ray::vLLMHttpServer", "generate"), ENGINE, "sampling and grading"),
         ("update", (WORKER, "update_actor"), WORKER, "updating"),
-        ("weight_sync", (WORKER, "update_weights"), ENGINE, "weights went to vLLM"),
     ],
 )
 def test_a_part_that_hangs(

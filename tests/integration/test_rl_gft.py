@@ -286,12 +286,14 @@ def assert_same_run(first: Run, second: Run) -> None:
             assert b[name] == a[name], name
 
 
+@pytest.mark.nightly
 def test_two_ranks_and_two_replicas_agree_with_one(one: Run, trained: Callable[..., Run]) -> None:
     two = trained("two", "trainer.n_gpus_per_node=2")
     assert {file.name.split("-")[1] for file in two.folder.parent.glob("two-capture/loss-*")} == {"0", "1"}
     assert_same_run(one, two)
 
 
+@pytest.mark.nightly
 def test_seeds_decide_the_responses_however_vllm_batches(one: Run, trained: Callable[..., Run]) -> None:
     """The same run with prefills of at most 384 tokens at a time, a third of a step's prompts."""
     prompts = sum(len(row["prompts"]) for key, row in one.rows.items() if key[0] == 1 and key[2] >= 4)

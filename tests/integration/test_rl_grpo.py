@@ -59,6 +59,7 @@ def test_grpo_two_steps_from_problems_to_a_model(rl: Callable, tiny_base: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_ppo_trains_its_critic(rl: Callable) -> None:
     out, steps = rl("algorithm=ppo", "trainer.total_training_steps=5", "critic.optim.lr=1e-3", timeout=600)
     check_run(out, steps, 5)
