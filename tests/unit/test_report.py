@@ -1,10 +1,10 @@
 """Tables, plots and pages: right numbers, nothing unescaped, nothing outside the file."""
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_helpers import Tags
 
 from verl_dft.errors import InputError
 from verl_dft.report import html
@@ -26,22 +26,6 @@ def result(counts: list[int], n: int = 4, levels: bool = True) -> dict:
         "truncated_frac": 0.0,
         "per_problem": [{"id": f"p{i}", "avg": share} for i, share in enumerate(shares)],
     }
-
-
-class Page(HTMLParser):
-    """Start tags with their attributes, and the text between tags."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_comparison_table_by_hand():
@@ -101,7 +85,7 @@ def test_whatever_a_model_writes_is_only_text(evil, tmp_path):
         html.facts({evil: evil}),
         html.image(tmp_path / "p.png", evil),
     ]
-    parsed = Page(html.page(evil, pieces))
+    parsed = Tags(html.page(evil, pieces))
     tags = [tag for tag, _ in parsed.tags]
     assert "script" not in tags and tags.count("img") == 1 and tags.count("pre") == 2
     (image,) = [attributes for tag, attributes in parsed.tags if tag == "img"]
@@ -111,7 +95,7 @@ def test_whatever_a_model_writes_is_only_text(evil, tmp_path):
 
 def test_a_page_refers_to_nothing_outside(tmp_path):
     text = html.page("t", [html.table(Table(["a"], [["b"]]))])
-    for tag, attributes in Page(text).tags:
+    for tag, attributes in Tags(text).tags:
         assert tag not in ("script", "link", "iframe")
         assert not {"src", "href"} & set(attributes)
 

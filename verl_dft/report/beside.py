@@ -119,15 +119,18 @@ def kind_of(block: Block) -> str:
     return metric if metric.startswith("pass@") else "evaluation"
 
 
-def _ours(run: Run, block: Block, measured: Measured, model: str, method: str, column: str) -> Number | None:
-    """Our number of a cell, from the kind of measurement that its block is of."""
+def kinds_of(block: Block, column: str) -> list[str]:
+    """The kinds of measurement that a column's values can be of, the block's own first."""
     if block.unit == "%":
-        kinds = [kind_of(block), "training"]
-    elif block.unit == "nats":
-        kinds = ["kl"] if column == "kl" else ["training"] if column == "loss" else ["logp"]
-    else:
-        kinds = ["stages"] if block.unit == "problems" else []
-    for kind in kinds:
+        return [kind_of(block), "training"]
+    if block.unit == "nats":
+        return [{"kl": "kl", "loss": "training"}.get(column, "logp")]
+    return ["stages"] if block.unit == "problems" else []
+
+
+def _ours(run: Run, block: Block, measured: Measured, model: str, method: str, column: str) -> Number | None:
+    """Our number of a cell, from the first kind of measurement that has one."""
+    for kind in kinds_of(block, column):
         seeds = seeds_of(measured, kind, model, method, block)
         number = number_of(seeds, column) if seeds and whole(block, seeds, column) else None
         if number is not None:

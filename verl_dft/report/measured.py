@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from verl_dft.analysis.estimates import from_error
 from verl_dft.errors import InputError
 from verl_dft.evaluation.compare import load_results
-from verl_dft.evaluation.student import t975
 from verl_dft.report.expected import method_of
 from verl_dft.report.numbers import Columns, Number, accuracy
 from verl_dft.report.runs import Run, RunStep, read_json
@@ -130,10 +130,8 @@ def _scored_method(step: RunStep) -> str:
 
 
 def _estimate(found: Mapping[str, Any], problems: int, unit: str, metric: str, step: RunStep) -> Number:
-    mean, error = float(found["mean"]), found["se"]
-    width = t975(problems - 1) * error if error is not None and problems > 1 else None
-    ends = (mean - width, mean + width) if width is not None else (None, None)
-    return Number(mean, *ends, "problems", metric, unit, (step.name,))
+    estimate = from_error(float(found["mean"]), found["se"], problems)
+    return Number(estimate.mean, estimate.low, estimate.high, "problems", metric, unit, (step.name,))
 
 
 def _training(run: Run, step: RunStep) -> Iterable[Entry]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from verl_dft.evaluation.metrics import clustered_ci95, difference_ci95, macro_average
+from verl_dft.evaluation.metrics import clustered_ci95, difference_ci95, macro_average, pass_at_k
 from verl_dft.evaluation.student import t975
 
 Shares = Mapping[str, Mapping[str, float]]
@@ -91,9 +91,14 @@ def paired(method: Mapping[str, Columns], against: Mapping[str, Columns], column
     interval, over = differences[0][1], numbers[0].over
     if len(differences) > 1:
         interval, over = difference_ci95([mean for mean, _ in differences]), f"{len(differences)} seeds"
-    low, high = (100 * interval[0], 100 * interval[1]) if interval else (None, None)
+    low, high = _percent(interval)
     value = 100 * fmean(mean for mean, _ in differences)
     return replace(numbers[0], value=value, low=low, high=high, over=over, shares={}, noise=None), ""
+
+
+def _percent(interval: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    """The ends of an interval of fractions in percent."""
+    return (100 * interval[0], 100 * interval[1]) if interval else (None, None)
 
 
 def _differences(first: Shares, second: Shares) -> list[list[float]] | None:
@@ -111,8 +116,7 @@ def _average(columns: Columns) -> Number | None:
     if len(numbers) == 1:
         return numbers[0]
     average = macro_average([list(values.values()) for number in numbers for values in number.shares.values()])
-    interval = average.ci95
-    low, high = (100 * interval[0], 100 * interval[1]) if interval else (None, None)
+    low, high = _percent(average.ci95)
     known = [number.noise for number in numbers if number.noise is not None]
     noise = math.sqrt(sum(value**2 for value in known)) / len(numbers) if len(known) == len(numbers) else None
     metrics = list(dict.fromkeys(number.metric for number in numbers))
@@ -126,11 +130,10 @@ def accuracy(result: Mapping[str, Any], step: str, k: int | None = None) -> Numb
     n = int(result["n"])
     shares = {
         problem["id"]: problem["avg"] if k is None
-        else 1 - math.comb(n - problem["num_correct"], k) / math.comb(n, k)
+        else pass_at_k([problem["num_correct"]], n, k)
         for problem in result["per_problem"]
     }  # fmt: skip
-    interval = clustered_ci95(list(shares.values()))
-    low, high = (100 * interval[0], 100 * interval[1]) if interval else (None, None)
+    low, high = _percent(clustered_ci95(list(shares.values())))
     spread = result.get("std_over_runs") if k is None else None
     # two averages of n runs each, on the same problems; their spread is known from our n runs alone
     noise = 100 * t975(n - 1) * math.sqrt(2 / n) * spread if spread is not None and n > 1 else None

@@ -10,7 +10,7 @@ from verl_dft.files import sha256_file
 from verl_dft.paths import recipes_dir
 from verl_dft.provenance import typed
 from verl_dft.report import tabulate
-from verl_dft.report.beside import STATUSES, Cell, Limits, blocks_of, cells, expected_of
+from verl_dft.report.beside import STATUSES, Cell, Limits, blocks_of, cells, expected_of, kinds_of
 from verl_dft.report.differences import pairs
 from verl_dft.report.expected import Block
 from verl_dft.report.figures import figures, samples
@@ -123,11 +123,7 @@ def _ours(measured: Measured, blocks: Sequence[Block], run: Run) -> Iterator[Par
 
 def _is_of(block: Block, kind: str) -> bool:
     """Whether a block's values are of a kind of measurement."""
-    if block.unit == "%":
-        return kind == (block.metric.split()[0] if block.metric.startswith("pass@") else "evaluation")
-    if block.unit == "nats":
-        return kind == {"kl": "kl", "loss": "training"}.get(block.columns[0], "logp")
-    return block.unit == "problems" and kind == "stages"
+    return kind in kinds_of(block, block.columns[0])[:1]
 
 
 # ---- provenance ----
