@@ -141,13 +141,16 @@ def test_verl_accepts_every_training_at_paper_scale(name):
     for one in planned(name, "scale=paper", *KEPT.get(name, ())):
         for line in cluster_lines(one):
             parse_torchrun(line, one)
-        if one.verb not in ("train", "rl", "score") or one.composed.get("objective.name") == "dpo":
+        if one.verb not in ("train", "dpo", "rl", "score"):
             continue
         if id(one.composed) not in checked:  # arms that differ in a learning rate are composed once
             checked.add(id(one.composed))
             config = copy.deepcopy(one.composed.configs[0])
             config.model.path = str(recipes_dir() / "tiny" / "base")  # the model's own files are not here
-            (verl_accepts_rl if one.verb == "rl" else verl_accepts_training)(config)
+            if one.composed.get("objective.name") == "dpo":
+                trl_accepts(config)
+            else:
+                (verl_accepts_rl if one.verb == "rl" else verl_accepts_training)(config)
 
 
 def parse_torchrun(line, step):
@@ -180,6 +183,19 @@ def verl_accepts_training(config):
     )  # fmt: skip
     assert made.engine_config.strategy == config.engine.strategy and made.optimizer_config.lr == config.optim.lr
     assert torchrun_options(config) == ["--standalone", "--nproc-per-node=8"]
+
+
+def trl_accepts(config):
+    """One GPU's part, all but the device: several ranks or a GPU would have to be there."""
+    from verl_dft.training.preference_trainer import dpo_arguments
+
+    ranks = config.trainer.n_gpus_per_node
+    assert ranks == 8 and config.data.train_batch_size % ranks == 0
+    config.data.train_batch_size //= ranks
+    config.trainer.update(device="cpu", n_gpus_per_node=1)
+    made = dpo_arguments(config, num_steps=100)
+    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == config.data.train_batch_size
+    assert (made.learning_rate, made.beta, made.max_steps) == (config.optim.lr, config.objective.beta, 100)
 
 
 def verl_accepts_rl(config):

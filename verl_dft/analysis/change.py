@@ -13,9 +13,9 @@ from typing import Any
 
 from verl_dft.analysis import style
 from verl_dft.analysis.estimates import Estimate, pooled
+from verl_dft.analysis.evaluated import Results, mean_of_means, read_evaluated
 from verl_dft.analysis.output import Analysis, Figure
 from verl_dft.analysis.runs import Point, parse_runs
-from verl_dft.analysis.sweep import Results, check_same_problems, chosen, mean_of_means, result_file
 from verl_dft.errors import InputError
 from verl_dft.evaluation.compare import paired
 from verl_dft.report.tables import Table
@@ -28,20 +28,16 @@ def run(config: Mapping[str, Any]) -> Analysis:
     points = parse_runs(config["runs"])
     if point := next((point for point in points if point.at is not None), None):
         raise InputError(f"runs.{point.label} has points; analyze change takes {{LABEL: PATH}} or {{LABEL: [PATH, …]}}")
-    results = {path: chosen(path, config["benchmark"]) for point in points for path in point.paths}
-    base = None if config["baseline"] is None else Path(config["baseline"]).expanduser()
-    baseline = None if base is None else chosen(base, config["benchmark"])
-    check_same_problems(results if base is None or baseline is None else {**results, base: baseline})
-    records = changes(points, results, baseline)
-    inputs = {f"result_{i}_{name}": result_file(path, name) for i, path in enumerate(results) for name in results[path]}
-    if base is not None and baseline is not None:
-        inputs |= {f"baseline_{name}": result_file(base, name) for name in baseline}
+    found = read_evaluated(points, config)
+    baseline, records = found.baseline, changes(points, found.results, found.baseline)
     title = "accuracy (%)" if baseline is None else "change of accuracy (percentage points)"
     over = " or ".join(sorted({record["over"] for record in records if record["low"] is not None}))
     how = "" if baseline is None else ", paired with the baseline's"
     caption = f"Bars: 95% interval over {over}{how}." if over else "No intervals."
     figure = Figure(lambda axes: draw(axes, records, title), caption)
-    return Analysis({"change": records}, {"change": figure}, {title: _table(records, baseline is not None)}, inputs)
+    return Analysis(
+        {"change": records}, {"change": figure}, {title: _table(records, baseline is not None)}, found.inputs
+    )
 
 
 def changes(points: Sequence[Point], results: Mapping[Path, Results], baseline: Results | None) -> list[dict[str, Any]]:

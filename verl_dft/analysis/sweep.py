@@ -17,16 +17,13 @@ from verl_dft.analysis import style
 from verl_dft.analysis.draw import points_table
 from verl_dft.analysis.dynamics import find_metric, read_curves, unit
 from verl_dft.analysis.estimates import Estimate, over_runs, pooled
+from verl_dft.analysis.evaluated import Results, accuracy, read_evaluated
 from verl_dft.analysis.output import Analysis, Figure
 from verl_dft.analysis.runs import Point, parse_runs
 from verl_dft.errors import InputError
-from verl_dft.evaluation.compare import load_results
-from verl_dft.evaluation.metrics import macro_average
 from verl_dft.training.metrics import METRICS_FILE
 
 _METRIC = re.compile(r"avg|(pass|maj)@\d+")
-Results = Mapping[str, Mapping[str, Any]]
-"""Benchmark -> its ``result.json``."""
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -40,18 +37,14 @@ def check(config: Mapping[str, Any]) -> None:
 def run(config: Mapping[str, Any]) -> Analysis:
     """Keys: ``configs/analysis/sweep.yaml``. Raises InputError for results that are not of one sweep."""
     check(config)
-    points, metric = parse_runs(config["runs"]), str(config["metric"])
-    results = {path: chosen(path, config["benchmark"]) for point in points for path in point.paths}
-    points = placed(points, results, config["key"])
-    base = None if config["baseline"] is None else Path(config["baseline"]).expanduser()
-    baseline = None if base is None else chosen(base, config["benchmark"])
-    check_same_problems(results if base is None or baseline is None else {**results, base: baseline})
+    metric, points = str(config["metric"]), parse_runs(config["runs"])
+    found = read_evaluated(points, config)
+    points, results = placed(points, found.results, config["key"]), found.results
     records = [_record(point, [accuracy(results[path], metric) for path in point.paths], metric) for point in points]
-    inputs = {f"result_{i}_{name}": result_file(path, name) for i, path in enumerate(results) for name in results[path]}
-    tables, level = {"sweep": records}, accuracy(baseline, metric) if baseline else None
-    if level and base and baseline:
-        tables["sweep_baseline"] = [{"path": str(base), "metric": metric, **level.columns()}]
-        inputs |= {f"baseline_{name}": result_file(base, name) for name in baseline}
+    tables, inputs = {"sweep": records}, found.inputs
+    level = accuracy(found.baseline, metric) if found.baseline else None
+    if level:
+        tables["sweep_baseline"] = [{"path": str(found.base), "metric": metric, **level.columns()}]
     x = (config["key"] or "value", config["log_x"])
     title = f"{metric} on {_benchmarks(results)} (%)"
     shown = {f"{metric} on {_benchmarks(results)} (fraction)": points_table(records, x[0])}
@@ -60,7 +53,7 @@ def run(config: Mapping[str, Any]) -> Analysis:
         folders = {path: training_of(path, results[path]) for path in results}
         second = trained(points, folders, config["training_metric"], config["reduce"])
         tables["sweep_training"] = second
-        inputs |= {f"training_{i}": folder / METRICS_FILE for i, folder in enumerate(folders.values())}
+        inputs = inputs | {f"training_{i}": folder / METRICS_FILE for i, folder in enumerate(folders.values())}
         how = "mean over steps" if config["reduce"] == "mean" else "last step"
         shown[f"{config['training_metric']}, {how}"] = points_table(second, x[0])
     figure = Figure(lambda axes: draw(axes, records, second, level, x, title), _caption(records, second, config, level))
@@ -110,26 +103,6 @@ def swept_value(training: Path, key: str) -> float:
     return float(value)
 
 
-def accuracy(results: Results, metric: str) -> Estimate:
-    """``avg``, ``pass@K`` or ``maj@K`` as a fraction, the mean over benchmarks; the interval of avg is over problems.
-
-    Over several benchmarks the degrees of freedom are Welch and Satterthwaite's. pass@K and maj@K have no interval.
-    """
-    if metric == "avg":
-        shares = [[problem["avg"] for problem in result["per_problem"]] for result in results.values()]
-        return mean_of_means(shares)
-    kind, _, k = metric.partition("@")
-    values = []
-    for name, result in results.items():
-        found = result.get(f"{kind}_at_k", {})
-        if k not in found:
-            have = ", ".join(f"{kind}@{value}" for value in found) or f"no {kind}@K"
-            raise InputError(f"{name} of {result['model']} has no {metric}; it has {have}")
-        values.append(float(found[k]))
-    count = sum(len(result["per_problem"]) for result in results.values())
-    return Estimate(fmean(values), None, None, count, "problems")
-
-
 def trained(points: Sequence[Point], folders: Mapping[Path, Path], name: str, how: str) -> list[dict[str, Any]]:
     """A training's metric at each point: the mean over its steps, or the last value; of several runs their mean."""
     records = []
@@ -145,21 +118,6 @@ def trained(points: Sequence[Point], folders: Mapping[Path, Path], name: str, ho
             values.append(curves[key][1][-1] if how == "last" else fmean(curves[key][1]))
         records.append(_record(point, [over_runs(values)], name))
     return records
-
-
-def check_same_problems(results: Mapping[Path, Results]) -> None:
-    """Raise InputError unless all were asked the same problems of the same benchmarks, n times each."""
-    (first, a), *others = results.items()
-    for path, b in others:
-        if a.keys() != b.keys():
-            raise InputError(
-                f"{first} has results for {', '.join(a)}, {path} for {', '.join(b)}; name one as benchmark=…"
-            )
-        for name in a:
-            ids = [{problem["id"] for problem in result[name]["per_problem"]} for result in (a, b)]
-            if ids[0] != ids[1] or a[name]["n"] != b[name]["n"]:
-                what = "problems" if ids[0] != ids[1] else "n"
-                raise InputError(f"{first} and {path} have different {what} for {name}; evaluate one of them again")
 
 
 def draw(
@@ -220,33 +178,9 @@ def is_geometric(values: Sequence[float]) -> bool:
     return len(gaps) == 1 or max(ratios) / min(ratios) < max(gaps) / min(gaps)
 
 
-def mean_of_means(shares: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of several means, each of its own values; degrees of freedom are Welch and Satterthwaite's."""
-    average = macro_average(shares)
-    low, high = average.ci95 or (None, None)
-    return Estimate(average.mean, low, high, sum(map(len, shares)), "problems")
-
-
 def _record(point: Point, estimates: Sequence[Estimate], metric: str) -> dict[str, Any]:
     about = {"label": point.label, "at": point.at, "metric": metric, "paths": [str(path) for path in point.paths]}
     return about | pooled(estimates).columns()
-
-
-def chosen(path: Path, benchmark: Any) -> dict[str, Any]:
-    """The results in a folder, of one benchmark, of several, or of all (None). Raises InputError for a missing one."""
-    found = load_results(path)
-    names = [benchmark] if isinstance(benchmark, str) else list(benchmark or found)
-    if missing := [name for name in names if name not in found]:
-        raise InputError(f"{path} has no result for {missing[0]}; it has {', '.join(found)}")
-    return {name: found[name] for name in names}
-
-
-def result_file(path: Path, benchmark: str) -> Path:
-    """The ``result.json`` of a benchmark in an evaluation's folder."""
-    own = path / "result.json"
-    return own if own.is_file() else next(
-        file for file in sorted(path.glob("*/result.json")) if load_results(file.parent).keys() == {benchmark}
-    )  # fmt: skip
 
 
 def _benchmarks(results: Mapping[Path, Results]) -> str:
