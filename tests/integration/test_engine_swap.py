@@ -144,6 +144,7 @@ def test_an_engine_with_other_weights_writes_what_a_new_engine_writes(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_host_starts_an_engine_only_where_the_last_one_cannot_go_on(
     models: dict[str, Path], tmp_path: Path, run_command: Callable
 ) -> None:

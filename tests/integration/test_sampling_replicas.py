@@ -161,7 +161,14 @@ def test_tensor_parallel_replicas_agree_with_one_process_up_to_rounding(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
+        signal.SIGKILL,
+    ],
+)
 def test_a_run_ended_by_a_signal_leaves_nothing_and_keeps_its_shards(
     script: Path, tiny_base: Path, tmp_path: Path, sign: signal.Signals
 ) -> None:
