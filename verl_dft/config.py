@@ -1,13 +1,14 @@
 """Composing a run's configuration with Hydra, and answering a mistake with the valid names."""
 
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
@@ -17,7 +18,40 @@ from verl_dft.paths import configs_dir, recipes_dir
 
 _PLUGINS = "verl_dft.objectives"
 """Entry-point group of other packages' objectives; :mod:`verl_dft.objectives` reads it too, but imports torch."""
+_MISTAKEN = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, AssertionError,
+             OSError, OmegaConfBaseException)  # fmt: skip
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(=(?P<value>.*))?$", re.DOTALL)
+
+_Composed = TypeVar("_Composed")
+
+
+def blamed(compose_and_check: Callable[..., _Composed]) -> Callable[..., _Composed]:
+    """``compose_and_check(…, argv)`` that answers a value of another kind than it expects with that override's name.
+
+    Checks look at what values are, and some of what a command line can hold (a list for a number) is found out by the
+    error alone: the override without which there is none is to blame.
+    """
+
+    @functools.wraps(compose_and_check)
+    def told(*arguments: Any, **options: Any) -> _Composed:
+        try:
+            return compose_and_check(*arguments, **options)
+        except InputError:
+            raise
+        except _MISTAKEN as error:
+            *before, argv = arguments
+            if not argv:  # no override is to blame
+                raise
+            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"[:300]
+            for index, item in enumerate(argv):
+                try:
+                    compose_and_check(*before, [*argv[:index], *argv[index + 1 :]], **options)
+                except (InputError, *_MISTAKEN):
+                    continue
+                raise InputError(f"{item!r} cannot be used ({why})") from error
+            raise InputError(f"{' '.join(map(repr, argv))} cannot be used together ({why})") from error
+
+    return told
 
 
 def _register_search_path() -> None:
@@ -45,6 +79,7 @@ def _verl_configs() -> Path:
     return Path(verl.submodule_search_locations[0]) / "trainer" / "config"
 
 
+@blamed
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration ``config_name`` with command-line overrides.
 
@@ -239,7 +274,9 @@ def split_config_name(argv: Sequence[str], default: str) -> tuple[str, list[str]
 
 
 def command_line() -> str:
-    """The command being run, for manifests."""
+    """The command being run, for manifests; without secrets."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    from verl_dft.redact import redacted
+
+    return redacted(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))

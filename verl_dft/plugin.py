@@ -4,10 +4,11 @@ verl logs a plugin's failure at DEBUG only, so this module reports its own on st
 ``STATUS``.
 """
 
+import importlib.util
 import sys
 from types import ModuleType
 
-from verl_dft.platform.hooks import when_imported
+from verl_dft.platform.hooks import refuse_import, when_imported
 
 STATUS: dict[str, str] = {}
 """``{"platform": …}``, ``policy_losses`` once verl's losses were imported and, after a failure, ``error``."""
@@ -21,12 +22,16 @@ def _load() -> None:
 
     STATUS["platform"] = "cpu" if cpu.install() else "left to verl"
 
+    # verl imports it for every worker, and it imports vLLM (1.1 s); verl expects it to be missing
+    if importlib.util.find_spec("torch_npu") is None:
+        refuse_import("verl.checkpoint_engine.hccl_checkpoint_engine", "Ascend's torch_npu is not installed")
+
     # importing these modules of verl takes seconds, and most processes never do
     when_imported("verl.workers.config.actor", _widen_config)
     when_imported("verl.trainer.ppo.core_algos", _register_policy_losses)
     when_imported("verl.models.transformers.monkey_patch", _load_trl_only_where_used)
     when_imported("verl.experimental.agent_loop.agent_loop", _register_agent_loops)
-    when_imported("verl.utils.model", _respect_attention_of_critics)
+    when_imported("verl.utils.model", _change_model_loading)
 
 
 def _widen_config(module: ModuleType) -> None:
@@ -47,10 +52,12 @@ def _register_agent_loops(module: ModuleType) -> None:
     register_agent_loops(module)
 
 
-def _respect_attention_of_critics(module: ModuleType) -> None:
+def _change_model_loading(module: ModuleType) -> None:
+    from verl_dft.platform.auto_class import choose_by_name
     from verl_dft.platform.critic import respect_attention
 
     respect_attention(module)
+    choose_by_name(module)
 
 
 def _load_trl_only_where_used(module: ModuleType) -> None:

@@ -86,7 +86,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "origin": ({**GOOD, "origin": "web"}, "row 1: column 'origin' is 'web'; use one of expert, teacher, self, guided"),
     "no ids": ({**STORED, "response_ids": []}, "row 1: column 'response_ids' is empty"),
-    "ids of text": ({**STORED, "response_ids": ["a"]}, "column 'response_ids' must be list"),
+    "ids of text": ({**STORED, "response_ids": ["a"]}, "row 1: column 'response_ids' must be a list of token ids"),
     "values without ids": ({**GOOD, "ref_logp": [-1.0]}, "row 1: column 'ref_logp' needs 'response_ids' beside it"),
     "too few values": ({**STORED, "behavior_logp": [-1.0]}, "column 'behavior_logp' has 1 values for 2 response_ids"),
     "too many values": ({**STORED, "ref_logp": [-1.0] * 3}, "column 'ref_logp' has 3 values for 2 response_ids"),

@@ -55,8 +55,8 @@ class Analysis:
 
 def check_formats(formats: Any) -> list[str]:
     """The endings of figures. Raises InputError for one that is not written."""
-    formats = [formats] if isinstance(formats, str) else list(formats or [])
-    if not formats or not set(formats) <= set(FORMATS):
+    formats = [formats] if isinstance(formats, str) else formats
+    if not isinstance(formats, list) or not formats or any(one not in FORMATS for one in formats):
         raise InputError(f"formats={formats}; it takes one or more of {', '.join(FORMATS)}")
     return formats
 

@@ -60,7 +60,7 @@ class RejectOptions:
                 "timed out or failed in grading may be right"
             )
         if self.prompt != SAMPLED:
-            row_prompt(self.prompt)
+            row_prompt(self.prompt if isinstance(self.prompt, str) else str(self.prompt))
         check_verifier(self.verifier)
 
 

@@ -77,7 +77,10 @@ def reject_options(config: Mapping[str, Any]) -> RejectOptions:
             raise InputError(f"{key}={config[key]}; it must be true or false")
     rejected = config["rejected"]
     values = {key: config[key] for key in _OPTIONS}
-    return RejectOptions(**values | {"rejected": [rejected] if isinstance(rejected, str) else list(rejected)})
+    rejected = [rejected] if isinstance(rejected, str) else rejected
+    if not isinstance(rejected, list) or not all(isinstance(verdict, str) for verdict in rejected):
+        raise InputError(f"rejected={rejected}; it must be a list of verdicts, e.g. [wrong]")
+    return RejectOptions(**values | {"rejected": rejected})
 
 
 def sample_files(samples: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -130,8 +133,8 @@ def pair_schema() -> pa.Schema:
 def write_pairs(path: str | Path, pairs: Sequence[Pair], **facts: Any) -> None:
     """Pairs as parquet with a manifest beside it. A response that was cut off says so (``length``): it has no end."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    from verl_dft.data.tables import write_parquet
     from verl_dft.files import atomic_write, sha256_file, write_manifest
 
     table = pa.Table.from_pylist(
@@ -151,7 +154,7 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair], **facts: Any) -> None:
         schema=pair_schema(),
     )
     with atomic_write(path, "wb") as file:
-        pq.write_table(table, file)
+        write_parquet(table, file)
     write_manifest(path, num_rows=len(pairs), rows_sha256=sha256_file(path), **facts)
 
 

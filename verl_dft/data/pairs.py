@@ -84,6 +84,8 @@ def load_pairs(
     Raises:
         InputError: bad files or rows, two equal responses, an overlong pair under ``error``, no pair left.
     """
+    import pyarrow as pa
+
     paths = [Path(file).expanduser() for file in files]
     records = [_read(path) for path in paths]
     names = RowNames(tuple(map(str, paths)), tuple(map(len, records)))
@@ -94,7 +96,9 @@ def load_pairs(
     for side in SIDES:
         for i, record in enumerate(flat):
             _check_vocabulary(names(i), f"{side}_ids", record.get(f"{side}_ids"), size)
-        encoded = encode_rows(check_rows(str(paths[0]), [_row(r, side) for r in flat]), tokenizer, names, num_proc)
+        parts = zip(paths, records, strict=True)
+        table = pa.concat_tables([check_rows(str(path), [_row(r, side) for r in part]) for path, part in parts])
+        encoded = encode_rows(table, tokenizer, names, num_proc)
         counts += encoded.counts
         counts["end_tokens_appended"] += sum(row.end_appended for row in encoded.rows)
         # the template ends every text; one that was cut off has no end

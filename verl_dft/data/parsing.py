@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from verl_dft.data.records import Problem
+from verl_dft.data.records import Problem, text_of
 from verl_dft.errors import InputError
 
 ANSWER_FORMATS = ("boxed", "hash", "none")
@@ -45,7 +45,7 @@ def numinamath_cot(label: str, index: int, record: Mapping[str, Any]) -> Problem
         return None
     origin = str(record.get("source") or "")
     source = f"numinamath_cot/{origin}" if origin else "numinamath_cot"
-    return Problem(_id(record, "numinamath_cot", index), question, last_boxed(solution), solution, source=source)
+    return Problem(_id(label, index, record, "numinamath_cot"), question, last_boxed(solution), solution, source=source)
 
 
 def gsm8k(label: str, index: int, record: Mapping[str, Any], answer_format: str = "boxed") -> Problem | None:
@@ -67,7 +67,7 @@ def gsm8k(label: str, index: int, record: Mapping[str, Any], answer_format: str 
     if not question.strip() or not worked:
         return None
     final = {"boxed": f"\nThe answer is \\boxed{{{answer}}}.", "hash": f"\n#### {answer}", "none": ""}[answer_format]
-    return Problem(_id(record, "gsm8k", index), question.strip(), answer, worked + final, source="gsm8k")
+    return Problem(_id(label, index, record, "gsm8k"), question.strip(), answer, worked + final, source="gsm8k")
 
 
 def competition_math(label: str, index: int, record: Mapping[str, Any]) -> Problem | None:
@@ -75,10 +75,11 @@ def competition_math(label: str, index: int, record: Mapping[str, Any]) -> Probl
     question, solution = (_text(label, index, record, key) for key in ("problem", "solution"))
     if not question.strip() or not solution.strip():
         return None
-    answer = record.get("answer") if record.get("answer") is not None else last_boxed(solution)
+    given = record.get("answer")
+    answer = last_boxed(solution) if given is None else text_of(f"{label}: row {index}", "answer", given)
     digits = re.search(r"\d+", str(record.get("level") or ""))
     level = int(digits[0]) if digits else None
-    return Problem(_id(record, "math", index), question, str(answer), solution, source="math", level=level)
+    return Problem(_id(label, index, record, "math"), question, answer, solution, source="math", level=level)
 
 
 def user_file(label: str, index: int, record: Mapping[str, Any], keys: Mapping[str, str]) -> Problem:
@@ -89,15 +90,16 @@ def user_file(label: str, index: int, record: Mapping[str, Any], keys: Mapping[s
     """
     question = _text(label, index, record, keys["problem"], "data.source.problem_key")
     values = {k: record.get(keys[k]) for k in ("answer", "solution")}
-    for column, text in ((keys["problem"], question), (keys["solution"], values["solution"])):
-        if text is not None and not str(text).strip():
-            raise InputError(f"{label}: row {index}: column {column!r} is empty; drop the row or give it a text")
-    solution = None if values["solution"] is None else str(values["solution"])
-    answer = last_boxed(solution or "") if values["answer"] is None else str(values["answer"])
-    given = record.get(keys["id"])
+    where = f"{label}: row {index}"
+    values = {k: None if v is None else text_of(where, keys[k], v) for k, v in values.items()}
+    solution = values["solution"]
+    for column, text in ((keys["problem"], question), (keys["solution"], solution)):
+        if text is not None and not text.strip():
+            raise InputError(f"{where}: column {column!r} is empty; drop the row or give it a text")
+    answer = last_boxed(solution or "") if values["answer"] is None else values["answer"]
     name = Path(label).name.split(".")[0]
     return Problem(
-        str(given) if given is not None else f"{name}/{index}",
+        _id(label, index, record, name, keys["id"]),
         question,
         answer,
         solution,
@@ -127,11 +129,12 @@ def _text(label: str, index: int, record: Mapping[str, Any], key: str, option: s
         have = ", ".join(map(str, record)) or "none"
         advice = f"set {option}=NAME" if option else "is this the right file?"
         raise InputError(f"{label}: row {index}: no column {key!r} (columns: {have}); {advice}")
-    value = record[key]
-    if value is not None and not isinstance(value, str | int | float):
-        raise InputError(f"{label}: row {index}: column {key!r} must be text, not {type(value).__name__}")
-    return "" if value is None else str(value)
+    return text_of(f"{label}: row {index}", key, record[key])
 
 
-def _id(record: Mapping[str, Any], name: str, index: int) -> str:
-    return str(record["id"]) if record.get("id") is not None else f"{name}/{index}"
+def _id(label: str, index: int, record: Mapping[str, Any], name: str, key: str = "id") -> str:
+    if record.get(key) is None:
+        return f"{name}/{index}"
+    if not (found := text_of(f"{label}: row {index}", key, record[key])).strip():
+        raise InputError(f"{label}: row {index}: column {key!r} is empty; give the row an id, or leave the column out")
+    return found

@@ -59,7 +59,7 @@ PROMPTS: dict[str, Prompt] = {
 
 def get_prompt(name: str) -> Prompt:
     """The prompt called ``name``. Raises InputError naming the valid ones."""
-    if name not in PROMPTS:
+    if not isinstance(name, str) or name not in PROMPTS:
         raise InputError(f"no prompt {name!r}; use one of {', '.join(PROMPTS)}")
     return PROMPTS[name]
 
@@ -73,6 +73,8 @@ def find_prompt(given: str) -> tuple[str, Prompt]:
     Raises:
         InputError: neither a name nor a file nor a text with a place for the problem.
     """
+    if not isinstance(given, str):
+        raise InputError(f"prompt={given!r} is no text; use one of {', '.join(PROMPTS)}, or a text with {{problem}}")
     if given in PROMPTS:
         return given, PROMPTS[given]
     text, where = given, "the prompt"

@@ -18,6 +18,8 @@ from verl_dft.origins import ORIGINS
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_LARGEST = 3.4e38
+"""What float32 holds: larger numbers would be stored as infinite."""
 PER_TOKEN = ("ref_logp", "behavior_logp")
 BUILDERS = {
     "advantage": "verl-dft groups",
@@ -95,19 +97,34 @@ def read_problems(path: str | Path) -> list[Problem]:
     for index, record in enumerate(records):
         where = f"{path}: row {index}"
         values = {key: value for key, value in record.items() if key in known and value is not None}
+        for key in ("id", "problem", "answer", "solution", "source"):
+            values[key] = text_of(where, key, values.get(key))
         for key in ("id", "problem"):
-            if not str(values.get(key, "")).strip():
+            if not values[key].strip():
                 raise InputError(f"{where}: column {key!r} is empty; give every problem a text and an id")
-        values["id"], values["answer"] = str(values["id"]), str(values.get("answer", ""))
+        values["solution"] = values["solution"] if record.get("solution") is not None else None
         if values["id"] in seen:
             raise InputError(
                 f"{where}: id {values['id']!r} was already used in row {seen[values['id']]}; make ids unique"
             )
         seen[values["id"]] = index
-        if "level" in values:
-            values["level"] = int(values["level"])
+        if "level" in values and type(values["level"]) is not int:
+            raise InputError(f"{where}: column 'level' is {values['level']!r}; it must be a whole number")
+        teachers = values.get("teacher_solutions")
+        if teachers is not None and not (isinstance(teachers, list) and all(isinstance(t, str) for t in teachers)):
+            raise InputError(f"{where}: column 'teacher_solutions' must be a list of texts")
         problems.append(Problem(**values))
     return problems
+
+
+def text_of(where: str, key: str, value: Any) -> str:
+    """The text of a column, in which a number stands for its digits and null for nothing. Raises InputError."""
+    if value is None:
+        return ""
+    number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    if not number and not isinstance(value, str):
+        raise InputError(f"{where}: column {key!r} is {value!r}; it must be a text or a number")
+    return str(value)
 
 
 def write_problems(path: str | Path, problems: Sequence[Problem]) -> None:
@@ -126,8 +143,6 @@ def write_rows(path: str | Path, rows: Iterable[Row], **facts: Any) -> Path:
     Raises:
         InputError: a row that training would refuse (see :func:`read_rows`).
     """
-    import pyarrow.parquet as pq
-
     from verl_dft.files import atomic_write, sha256_file, write_manifest
 
     path = Path(path)
@@ -135,7 +150,7 @@ def write_rows(path: str | Path, rows: Iterable[Row], **facts: Any) -> Path:
     # a column without any value is left out, so that a file's schema says what it can provide
     empty = [name for name in table.column_names if table.num_rows and table[name].null_count == table.num_rows]
     with atomic_write(path, "wb") as file:
-        pq.write_table(table.drop_columns(empty), file)
+        tables.write_parquet(table.drop_columns(empty), file)
     write_manifest(path, num_rows=table.num_rows, rows_sha256=sha256_file(path), **facts)
     return path
 
@@ -177,27 +192,60 @@ def check_rows(where: str, records: Sequence[Mapping[str, Any]]) -> pa.Table:
             columns[field.name] = pa.array([row.get(field.name) for row in checked], type=field.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             detail = " ".join(str(error).split())[:160]
-            raise InputError(f"{where}: column {field.name!r} must be {field.type}: {detail}") from None
+            row = _first_bad([row.get(field.name) for row in checked], field.type)
+            raise InputError(f"{where}: row {row}: column {field.name!r} must be {field.type}: {detail}") from None
     return pa.table(columns, schema=row_schema())
+
+
+def _first_bad(values: Sequence[Any], kind: pa.DataType) -> int:
+    """Index of the first value that is not of this type."""
+    import pyarrow as pa
+
+    for index, value in enumerate(values):
+        try:
+            pa.array([value], type=kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return index
+    raise AssertionError("every value is of the type")
 
 
 def _check_row(where: str, default_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
     row = dict(record)
-    row["problem_id"] = str(row["problem_id"]) if row.get("problem_id") is not None else default_id
+    given = row.get("problem_id")
+    row["problem_id"] = default_id if given is None else text_of(where, "problem_id", given)
     row["origin"] = row.get("origin") or "expert"
     if row["origin"] not in ORIGINS:
         raise InputError(f"{where}: column 'origin' is {row['origin']!r}; use one of {', '.join(ORIGINS)}")
     ids = row.get("response_ids")
     row["messages"] = _check_messages(where, row.get("messages"), has_ids=ids is not None)
-    if ids is not None and len(ids) == 0:
-        raise InputError(f"{where}: column 'response_ids' is empty; a response needs at least one token, drop the row")
+    if ids is not None:
+        _check_ids(where, ids)
     for name in PER_TOKEN:
         if row.get(name) is not None:
             _check_per_token(where, name, row[name], ids)
-    advantage = row.get("advantage")
-    if advantage is not None and not math.isfinite(advantage):
-        raise InputError(f"{where}: column 'advantage' is {advantage}; it must be a finite number")
+    for name in ("advantage", "reward"):
+        value = row.get(name)
+        if value is not None and (not _is_number(value) or math.isnan(value)):
+            raise InputError(f"{where}: column {name!r} is {value!r}; it must be a finite number")
     return row
+
+
+def _is_number(value: Any) -> bool:
+    """A number that float32 holds, or NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > _LARGEST
+
+
+def _check_ids(where: str, ids: Any) -> None:
+    import numpy as np
+
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError):
+        array = np.asarray(None)
+    if array.shape == (0,):
+        raise InputError(f"{where}: column 'response_ids' is empty; a response needs at least one token, drop the row")
+    if array.ndim != 1 or array.dtype.kind not in "iu":  # numbers with a fraction would lose it
+        raise InputError(f"{where}: column 'response_ids' must be a list of token ids, whole numbers")
 
 
 def _check_messages(where: str, messages: Any, has_ids: bool) -> list[dict[str, str]]:
@@ -231,13 +279,15 @@ def _check_per_token(where: str, name: str, values: Sequence[float], ids: Sequen
             f"{where}: column {name!r} needs 'response_ids' beside it (a text can be tokenised in several ways); "
             f"make the rows with {BUILDERS[name]}"
         )
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise InputError(f"{where}: column {name!r} must be a list of log-probs")
     if len(values) != len(ids):
         raise InputError(
             f"{where}: column {name!r} has {len(values)} values for {len(ids)} response_ids; give one for each"
         )
     import numpy as np
 
-    array = np.asarray([math.inf if value is None else value for value in values], dtype=np.float64)
+    array = np.asarray([value if _is_number(value) else math.inf for value in values], dtype=np.float64)
     # rounding may lift a log-prob a little above 0; NaN stands for "unknown" in behavior_logp only
     wrong = ~(array <= 1e-3) & ~(np.isnan(array) & (name == "behavior_logp"))
     if wrong.any():

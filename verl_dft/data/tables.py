@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from verl_dft.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """All records of a file, by its suffix: ``.jsonl``, ``.jsonl.gz``, ``.json`` (a list) or ``.parquet``.
 
     Raises:
-        InputError: the file is missing, empty, of another kind or damaged; names the file and the row.
+        InputError: the file is missing, empty, of another kind or damaged, or has what JSON lets pass and nothing can
+            use (a name given twice, half of a surrogate pair); names the file and the row.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -59,6 +67,13 @@ def columns_of(path: str | Path) -> frozenset[str]:
     return frozenset(read_records(path)[0])
 
 
+def write_parquet(table: pa.Table, file: IO[bytes]) -> None:
+    """Write a table with a checksum for each page; without, a flipped bit on the disk often changes a value unseen."""
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, file, write_page_checksum=True)
+
+
 def json_line(record: Mapping[str, Any]) -> str:
     """One line of a jsonl file, newline included."""
     return json.dumps(record, ensure_ascii=False) + "\n"
@@ -69,40 +84,67 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+        return pq.read_table(path, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: bad UTF-8, bad dates
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read as parquet: {why}; make it again, or take a copy of it") from None
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # Windows writes a mark at the start
             # not splitlines(): JSON strings may hold U+2028, which is not the end of a record
             for number, line in enumerate(file):
                 if line.strip():
                     records.append(_parse(path, number, line))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return records
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {number + 1} is not JSON: {error.msg} (column {error.colno})") from None
+    record = _loads(line, f"{path}: line {number + 1}")
     if not isinstance(record, dict):
         raise InputError(f'{path}: line {number + 1} must be a JSON object, e.g. {{"problem": …}}')
     return record
 
 
+def _loads(text: str, where: str) -> Any:
+    """A JSON text. Raises InputError for what is none, and for what would be lost or be of no use without a word."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise InputError(f"{where} is not JSON: {error.msg} ({at})") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply") from None
+    except ValueError as error:  # a name that is there twice; a number of thousands of digits
+        raise InputError(f"{where}: {str(error).partition('; use sys.')[0]}") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where} has half of a surrogate pair in a text; mend the text") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice in one object; keep one")
+    return value
+
+
 def _read_json(path: Path) -> list[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    records = _loads(text, str(path))
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise InputError(f"{path} must hold a list of objects")
     return records

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from verl_dft.data.pieces import cut, interleave, shown
 from verl_dft.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 _MARKER = "verldftresponsemarker"
+_HIDDEN = "\ue0f0"
+"""Of the private use area: no template looks for it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class ConversationEncoder:
         found = []
         for i, (span, ids, prompt) in enumerate(zip(spans, whole, prompts, strict=True)):
             if self._has_special_text(conversations[i]):
-                prompt, response = self._encode_literally(conversations[i], span)
+                prompt, response = self._encode_literally(conversations[i], span, lambda _, i=i: where(i))
             elif ids[: len(prompt)] == prompt and len(ids) > len(prompt):
                 response = ids[len(prompt) :]
             else:
@@ -136,7 +139,11 @@ class ConversationEncoder:
         for i, text in enumerate(texts):
             if self._has_special_text(asked[i]):
                 pieces = self._pieces(asked[i], text, generation=True)
-                prompts[i] = self._ids_of(pieces) if pieces else prompts[i]
+                if pieces is None:
+                    hidden, names = self._hide(asked[i])
+                    (text,) = self._render([hidden], lambda _, i=i: where(i), generation=True)
+                    pieces = shown(text, names)
+                prompts[i] = self._ids_of(pieces)
         return prompts
 
     # ---- text ----
@@ -232,11 +239,17 @@ class ConversationEncoder:
     def _has_special_text(self, messages: Messages) -> bool:
         return self._special_name is not None and any(self._special_name.search(m["content"]) for m in messages)
 
-    def _encode_literally(self, messages: Messages, span: Span) -> tuple[list[int], list[int]]:
+    def _encode_literally(
+        self, messages: Messages, span: Span, where: Callable[[int], str]
+    ) -> tuple[list[int], list[int]]:
         """Prompt and response of a row whose messages name special tokens, which must stay text."""
         pieces = self._pieces(messages, span.text, generation=False)
-        if pieces is None:  # the template changes what it is given: leave the names to the tokenizer
-            return self._ids([span.text[: span.start]])[0], self._ids([span.text[span.start :]])[0]
+        if pieces is None:  # the template changes what it is given
+            (hidden, names), counts = self._hide(messages), self.counts.copy()
+            (span,) = self._spans([hidden], where)
+            self.counts = counts  # of this conversation once
+            parts = (span.text[: span.start], span.text[span.start :])
+            return self._ids_of(shown(parts[0], names)), self._ids_of(shown(parts[1], names))
         prompt, response, at = [], [], 0
         for text, literal in pieces:
             cut = min(max(span.start - at, 0), len(text))
@@ -261,24 +274,24 @@ class ConversationEncoder:
         if len(between) == len(messages) + 1:
             for strip in (False, True):  # many templates trim the messages
                 words = [m["content"].strip() if strip else m["content"] for m in messages]
-                mixed = [(piece, bool(i % 2)) for i, piece in enumerate(_interleave(between, words))]
+                mixed = [(piece, bool(i % 2)) for i, piece in enumerate(interleave(between, words))]
                 if "".join(piece for piece, _ in mixed).startswith(text):
                     self.counts["special_text"] += 1
-                    return _cut(mixed, len(text))
-        self.counts["special_text_parsed"] += 1
+                    return cut(mixed, len(text))
+        self.counts["special_text"] += 1
         return None
 
-
-def _interleave(outer: Sequence[str], inner: Sequence[str]) -> list[str]:
-    return [piece for pair in zip(outer, [*inner, ""], strict=True) for piece in pair][:-1]
-
-
-def _cut(pieces: Sequence[tuple[str, bool]], length: int) -> list[tuple[str, bool]]:
-    kept = []
-    for text, literal in pieces:
-        kept.append((text[:length], literal))
-        length -= len(kept[-1][0])
-    return kept
+    def _hide(self, messages: Messages) -> tuple[Messages, dict[str, str]]:
+        """The messages with a mark in place of every special token's name, so that the template sees none, and what
+        each mark stands for."""
+        assert self._special_name is not None
+        start = _HIDDEN
+        while any(start in message["content"] for message in messages):
+            start += _HIDDEN
+        marks = {name: f"{start}{index}{_HIDDEN}" for index, name in enumerate(self._special)}
+        texts = [self._special_name.sub(lambda name: marks[name[0]], m["content"]) for m in messages]
+        hidden = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        return hidden, {mark: name for name, mark in marks.items()}
 
 
 @dataclass(frozen=True)

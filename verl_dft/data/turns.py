@@ -85,7 +85,7 @@ def _messages(file: Path) -> Iterable[list[Mapping[str, str]]]:
         return (record[column] for record in tables.read_records(file))
     import pyarrow.parquet as pq
 
-    batches = pq.ParquetFile(file).iter_batches(batch_size=1000, columns=[column])
+    batches = pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=1000, columns=[column])
     return (messages for batch in batches for messages in batch.column(0).to_pylist())
 
 

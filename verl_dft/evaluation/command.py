@@ -1,5 +1,6 @@
 """``verl-dft evaluate model=PATH benchmark=NAME n=16``: models and benchmarks, one after the other."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.config import compose, split_config_name
+from verl_dft.config import blamed, compose, split_config_name
 from verl_dft.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def compose_evaluate(argv: Sequence[str]) -> DictConfig:
     return configs[0]
 
 
+@blamed
 def compose_benchmarks(argv: Sequence[str]) -> list[DictConfig]:
     """``configs/evaluate.yaml`` with overrides, once for each benchmark that ``benchmark=`` names.
 
@@ -67,6 +69,7 @@ def compose_benchmarks(argv: Sequence[str]) -> list[DictConfig]:
     return configs
 
 
+@blamed
 def expand_benchmarks(argv: Sequence[str], need_files: bool = True) -> list[DictConfig]:
     """A configuration for each benchmark of a command line, with local files of ``data_dir`` as ``benchmark.path``.
 
@@ -88,6 +91,9 @@ def expand_benchmarks(argv: Sequence[str], need_files: bool = True) -> list[Dict
     rest = [override for override in rest if not override.startswith("benchmark=")]
     names = parse_list("benchmark", named[-1]) if named else [None]
     configs = [one for name in names for one in _members(config_name, name, rest)]
+    for config in configs:  # it names a folder
+        if not isinstance(config.benchmark.name, str) or not re.fullmatch(r"\w[\w.+-]*", config.benchmark.name):
+            raise InputError(f"benchmark.name={config.benchmark.name!r} must be letters, digits and . + - _ only")
     configs = list({config.benchmark.name: config for config in configs}.values())
     if len(configs) > 1:
         for key in ("benchmark.path=", "benchmark.name=", "benchmark.hub"):

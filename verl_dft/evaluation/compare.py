@@ -13,6 +13,7 @@ count as one observation and the spread of difficulty between problems cancels.
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -260,7 +261,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             options["json"] = "yes"
         elif match := re.fullmatch(r"(benchmark|output_dir|seed)=(.+)", argument):
             options[match[1]] = match[2].strip("[]") if match[1] == "benchmark" else match[2]
-        elif argument.startswith("-") or (re.match(r"\w+=", argument) and not Path(argument).exists()):
+        elif argument.startswith("-") or (re.match(r"\w+=", argument) and not os.path.exists(argument)):
             raise InputError(f"unknown option {argument!r}; usage: {_USAGE}")
         else:
             folders.append(argument)

@@ -51,12 +51,13 @@ def evaluate(config: Mapping[str, Any], source: TextSource | OpenSource | None =
     asks = wanted_samples(benchmark, config)
     with Sampler(folder / STORE, model, config, source, may_generate=not config["regrade"]) as sampler:
         samples = sampler.sample(asks)
-        limited = sampler.num_context_limited(asks)
-    result = _result(config, model, benchmark, samples) | {"num_context_limited": limited}
-    result["asked_otherwise"] = _asked_otherwise(model, asks[0].messages)
-    result |= {"engine": sampler.facts[-1], "num_reused": sampler.num_reused, "num_generated": sampler.num_generated}
-    result["seconds"] = sampler.seconds | {"total": round(time.monotonic() - started, 2)}
-    _write(folder, config, result, samples)
+        result = _result(config, model, benchmark, samples)
+        result["num_context_limited"] = sampler.num_context_limited(asks)
+        result["asked_otherwise"] = _asked_otherwise(model, asks[0].messages)
+        result |= {"engine": sampler.facts[-1], "num_reused": sampler.num_reused}
+        result |= {"num_generated": sampler.num_generated}
+        result["seconds"] = sampler.seconds | {"total": round(time.monotonic() - started, 2)}
+        _write(folder, config, result, samples)  # while the store is held: nobody else writes here meanwhile
     return result
 
 

@@ -33,8 +33,16 @@ class Worker:
     def __init__(self, verify: str, timeout_s: float, memory_mb: int) -> None:
         command = [sys.executable, "-m", "verl_dft.grading.worker", "--verify", verify]
         command += ["--timeout", str(timeout_s), "--memory-mb", str(memory_mb)]
-        self._buffer = b""
         self._timeout_s = timeout_s
+        try:
+            self._start(command)
+        except RuntimeError:
+            if self._process.returncode != -signal.SIGKILL:  # else the kernel or a user did it
+                raise
+            self._start(command)
+
+    def _start(self, command: Sequence[str]) -> None:
+        self._buffer = b""
         with tempfile.TemporaryFile() as stderr:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=_worker_environment()

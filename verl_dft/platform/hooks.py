@@ -1,4 +1,4 @@
-"""Changing a module once it is imported, so that a plugin need not import it to change it."""
+"""Changing a module once it is imported, so that a plugin need not import it to change it, or refusing its import."""
 
 import importlib.abc
 import importlib.machinery
@@ -14,6 +14,21 @@ def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
         change(sys.modules[name])
     else:
         sys.meta_path.insert(0, _Finder(name, change))
+
+
+def refuse_import(name: str, why: str) -> None:
+    """Let ``import name`` fail with an ImportError that says ``why``; nothing happens where it is loaded already."""
+    if name not in sys.modules:
+        sys.meta_path.insert(0, _Refusal(name, why))
+
+
+class _Refusal(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname == self.name:
+            raise ImportError(self.why, name=fullname)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

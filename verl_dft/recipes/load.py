@@ -159,6 +159,9 @@ def _check(recipe: Recipe) -> None:
             raise InputError(f"{path}: steps.{name} has no verb, e.g. verb: train")
         for key in ("for", "only", "outputs"):
             mapping(path, f"steps.{name}.{key}", step.get(key))
+        for output, file in (step.get("outputs") or {}).items():
+            if Path(str(file)).is_absolute() or ".." in Path(str(file)).parts:
+                raise InputError(f"{path}: steps.{name}.outputs.{output}={file} is outside the step's folder")
         check_keys(path, f"steps.{name}.scales", dict.fromkeys(step.get("scales") or ()), SCALES)
         check_keys(path, f"steps.{name}.after", dict.fromkeys(step.get("after") or ()), recipe.steps)
     check_keys(path, "scales", recipe.scales, SCALES)

@@ -90,24 +90,24 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     asks = asks_of(problems, config)
     with Sampler(folder / STORE, model, config, source) as sampler:
         samples = sampler.sample(asks)
-    (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
-    statistics = statistics_of(samples, [problem.id for problem in problems])
-    write_problems(folder / "problems.jsonl", problems)
-    write_samples(folder / "samples.parquet", samples)
-    facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
-    write_manifest(
-        folder / "samples.parquet",
-        inputs=inputs_of(config["data"]),
-        seed=config["seed"],
-        model=model,
-        engine=sampler.facts,
-        statistics=statistics,
-        **facts,
-    )
-    with atomic_write(folder / "statistics.md") as file:
-        file.write(markdown(statistics) + "\n")
-    write_json(folder / "config.json", identity(config))
-    write_json(folder / "statistics.json", statistics)
+        (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
+        statistics = statistics_of(samples, [problem.id for problem in problems])
+        write_problems(folder / "problems.jsonl", problems)
+        write_samples(folder / "samples.parquet", samples)
+        facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
+        write_manifest(
+            folder / "samples.parquet",
+            inputs=inputs_of(config["data"]),
+            seed=config["seed"],
+            model=model,
+            engine=sampler.facts,
+            statistics=statistics,
+            **facts,
+        )
+        with atomic_write(folder / "statistics.md") as file:
+            file.write(markdown(statistics) + "\n")
+        write_json(folder / "config.json", identity(config))
+        write_json(folder / "statistics.json", statistics)
     return statistics
 
 

@@ -5,11 +5,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_dft.config import blamed, compose, split_config_name
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import ANSWER_TYPES
 from verl_dft.sampling.ask import Sampling
 
 
+@blamed
 def compose_sampling(config_name: str, argv: Sequence[str], *, need_model: bool = True) -> DictConfig:
     """``configs/<config_name>.yaml`` (which has ``sampler`` among its defaults) with overrides.
 
@@ -18,8 +20,6 @@ def compose_sampling(config_name: str, argv: Sequence[str], *, need_model: bool 
     Raises:
         InputError: no model or no ``output_dir``, or whatever composing is refused for.
     """
-    from verl_dft.config import compose, split_config_name
-
     argv = ["dry_run=true" if argument == "--dry-run" else argument for argument in argv]
     name, overrides = split_config_name(argv, config_name)
     config = compose(name, overrides)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
+from verl_dft.redact import redacted
 
 STORE = "store"
 """The folder of the samples, within that of what they are for."""
@@ -15,8 +16,8 @@ VOLATILE = ("output_dir", "overwrite", "grading", "num_replicas", "dry_run")
 
 
 def identity(config: Mapping[str, Any], volatile: tuple[str, ...] = VOLATILE) -> dict[str, Any]:
-    """What a result depends on, as JSON values."""
-    return json.loads(json.dumps({k: v for k, v in config.items() if k not in volatile}, default=str))
+    """What a result depends on, as JSON values, without secrets: it is written down."""
+    return json.loads(redacted(json.dumps({k: v for k, v in config.items() if k not in volatile}, default=str)))
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], volatile: tuple[str, ...] = VOLATILE) -> None:

@@ -52,8 +52,8 @@ class Sample:
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Samples as parquet, atomically; ``logp`` is left out where no sample has it."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    from verl_dft.data.tables import write_parquet
     from verl_dft.files import atomic_write
 
     rows = [{key: _storable(value) for key, value in vars(sample).items()} for sample in samples]
@@ -61,7 +61,7 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
         for row in rows:
             del row["logp"]
     with atomic_write(path, "wb") as file:
-        pq.write_table(pa.Table.from_pylist(rows), file)
+        write_parquet(pa.Table.from_pylist(rows), file)
 
 
 def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:

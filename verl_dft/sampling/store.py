@@ -173,6 +173,7 @@ class SampleStore:
 
     def _recover(self) -> None:
         for part in sorted(self.folder.glob(f"*.jsonl{_PART}")):
+            failpoint("store.before_recover")
             if read_shard(part) is not None:  # killed between the commit record and the rename
                 with open(part, "rb") as file:
                     os.fsync(file.fileno())
@@ -185,11 +186,13 @@ class SampleStore:
             self.recovery.half_lines += bool(rest) + sum(record is None for record in records)
             self.recovery.dropped_samples += sum(record is not None and "sample" in record for record in records)
             part.unlink()
+            failpoint("store.after_recover")
 
     def _load(self) -> None:
         for path in sorted(self.folder.glob("*.jsonl")):
             shard = read_shard(path)
             if shard is None:
+                failpoint("store.before_aside")
                 self.recovery.corrupt.append(path.name)
                 os.replace(path, path.with_name(path.name + _CORRUPT))
             else:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils.device import get_torch_device
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
 
 
 def _local(parameter: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ class WeightAverage:
 
     def save(self, folder: str | Path) -> None:
         """Write this rank's shard beside verl's."""
+        failpoint("average.before_save")
         torch.save(self.average, self._file(folder))
 
     def load(self, folder: str | Path) -> None:

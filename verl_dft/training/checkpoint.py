@@ -17,8 +17,17 @@ from verl.utils.checkpoint import CheckpointHandler, OrchestrationMode, fsdp_che
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
-from verl_dft.files import missing_files, write_json
-from verl_dft.training.resume import MARKER, Checkpoint, checkpoint_path, completed_steps, forget_old, resume_point
+from verl_dft.files import missing_files, write_json, writing
+from verl_dft.training.resume import (
+    MARKER,
+    Checkpoint,
+    checkpoint_path,
+    completed_steps,
+    damage,
+    damaged_file,
+    forget_old,
+    resume_point,
+)
 
 PATIENCE_S = 30.0
 """How long a shared file system may take to show the first rank what another machine has written."""
@@ -57,8 +66,10 @@ class MarkedCheckpoints(CheckpointHandler):
         if self.rank == 0 and path.exists():
             shutil.rmtree(path)  # left by a run that died while saving
         self._barrier()
+        failpoint("checkpoint.before_save")
         # returns after a barrier of all ranks, and under Ray after every worker has answered
-        self.engine.save_checkpoint(local_path=str(path), global_step=step, max_ckpt_to_keep=None)
+        with writing(path):
+            self.engine.save_checkpoint(local_path=str(path), global_step=step, max_ckpt_to_keep=None)
         self._barrier()
         failpoint("checkpoint.before_marker")
         if self.rank == 0:
@@ -80,7 +91,12 @@ class MarkedCheckpoints(CheckpointHandler):
             return 0
         if self.rank == 0:
             print(f"resuming after step {point.step} from {point.path}", flush=True)
-        self.engine.load_checkpoint(str(point.path))
+        try:
+            self.engine.load_checkpoint(str(point.path))
+        except Exception:
+            if file := damaged_file(point.path, thorough=True):
+                raise InputError(damage(file, point, completed_steps(self.default_local_dir))) from None
+            raise
         return point.step
 
     def _check_all_here(self, path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from verl_dft.config import compose, require, split_config_name
+from verl_dft.config import blamed, compose, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.objectives import Objective, build_objective
@@ -48,6 +48,7 @@ LOGGERS = {
 _DTYPES = ("fp32", "bf16", "fp16")
 
 
+@blamed
 def compose_training(argv: Sequence[str]) -> DictConfig:
     """The checked configuration of ``verl-dft train`` for a command line."""
     name, overrides = split_config_name(argv, "sft")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from verl_dft.data.template import ConversationEncoder
 from verl_dft.data.turns import RECORD
 from verl_dft.failpoints import failpoint
-from verl_dft.files import atomic_dir, write_json
+from verl_dft.files import atomic_dir, write_json, writing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +69,7 @@ def write_model(
     with torch.random.fork_rng(devices=[]):  # a new model is drawn at random; training draws as if it had not been
         model = _plain_model(source, state, adapters).to(DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
-    with atomic_dir(path) as folder:
+    with writing(path), atomic_dir(path) as folder:
         model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes private files

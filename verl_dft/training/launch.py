@@ -16,9 +16,8 @@ from verl_dft.errors import InputError
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.processes import end_with_parent
 from verl_dft.training.evaluate_during import EvaluationFailed
+from verl_dft.training.only_one import LAUNCHED, only_training
 
-_LAUNCHED = "VERL_DFT_LAUNCHED"
-"""Set in the environment of ranks that this command started: their errors are told by it, once."""
 _BAD_INPUT = 2
 _TOLD = "verl_dft"
 """Key of an error file that holds our one line."""
@@ -40,6 +39,11 @@ def main(argv: Sequence[str]) -> int:
 
         return preference.main(argv)
     config = prepare_run(argv)
+    with only_training(config.output_dir):
+        return _train(config, argv)
+
+
+def _train(config: DictConfig, argv: Sequence[str]) -> int:
     try:
         if config.launcher == "ray":
             from verl_dft.training import sft_ray
@@ -84,7 +88,7 @@ def run_ranks(command: Sequence[str]) -> int:
 
     # it tells of every rank that it ends after a failure; the failure itself is told below
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    os.environ[_LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"
     try:
         with tempfile.TemporaryDirectory(prefix="verl_dft_ranks_") as folder:  # torchrun would leave its own behind
             run(parse_args([f"--log-dir={folder}", *command]))
@@ -98,7 +102,7 @@ def run_ranks(command: Sequence[str]) -> int:
         os.kill(os.getpid(), error.sigval)
         raise
     finally:
-        del os.environ[_LAUNCHED]
+        del os.environ[LAUNCHED]
 
 
 def _failure(error: Exception) -> int:
@@ -126,7 +130,7 @@ def run_guarded(run: Callable[[], None]) -> int:
 
     Other errors keep their traceback.
     """
-    launched = _LAUNCHED in os.environ
+    launched = LAUNCHED in os.environ
     if launched:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted rank ends at once, without a traceback of its own
         end_with_parent(signal.SIGTERM)
@@ -148,7 +152,9 @@ def _rank() -> int:
     def run() -> None:
         from verl_dft.training import sft
 
-        sft.run(sft.prepare_run(sys.argv[1:]))
+        config = sft.prepare_run(sys.argv[1:])
+        with only_training(config.output_dir):
+            sft.run(config)
 
     return run_guarded(run)
 

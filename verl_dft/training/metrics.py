@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
 from verl_dft.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,5 +41,7 @@ class MetricsFile:
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
 
     def log(self, data: dict[str, float], step: int) -> None:
+        failpoint("metrics.before_append")
         self.file.write(json.dumps({"step": step, **data}) + "\n")
         self.file.flush()
+        failpoint("metrics.after_append")

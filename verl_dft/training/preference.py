@@ -24,6 +24,7 @@ from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, write_json, write_manifest
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.training.launch import run_guarded, run_ranks, torchrun_options
+from verl_dft.training.only_one import only_training
 from verl_dft.training.preference_config import TRL_VERSION, check_trl, compose_dpo, resume_from
 from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps
 
@@ -36,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
     """
     argv = list(argv)
     config, pairs = prepare(argv)
-    if config.trainer.n_gpus_per_node > 1 and "RANK" not in os.environ:
-        return run_ranks([*torchrun_options(config), "-m", "verl_dft.training.preference", *argv])
-    run(config, pairs)
+    with only_training(config.output_dir):
+        if config.trainer.n_gpus_per_node > 1 and "RANK" not in os.environ:
+            return run_ranks([*torchrun_options(config), "-m", "verl_dft.training.preference", *argv])
+        run(config, pairs)
     return 0
 
 
@@ -203,7 +205,13 @@ def _lora(config: DictConfig) -> Any:
 
 def _rank() -> int:
     """One rank, started by the command or by torchrun."""
-    return run_guarded(lambda: run(*prepare(sys.argv[1:])))
+
+    def train() -> None:
+        config, pairs = prepare(sys.argv[1:])
+        with only_training(config.output_dir):
+            run(config, pairs)
+
+    return run_guarded(train)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.config import compose, group_options, require, split_config_name
+from verl_dft.config import blamed, compose, group_options, require, split_config_name
 from verl_dft.data.dataset import OVERLONG
 from verl_dft.errors import InputError
 from verl_dft.paths import configs_dir
@@ -41,6 +41,7 @@ def check_trl() -> None:
         raise InputError(f"objective=dpo needs trl {TRL_VERSION}, {found} is installed: {_INSTALL}")
 
 
+@blamed
 def compose_dpo(argv: Sequence[str]) -> DictConfig:
     """The checked configuration of a command line, ``auto`` values filled in.
 

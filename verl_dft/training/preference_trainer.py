@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from verl_dft.data.pairs import EncodedPair
 from verl_dft.failpoints import failpoint
-from verl_dft.files import write_json
+from verl_dft.files import write_json, writing
 from verl_dft.training.batches import StepBatchSampler
 from verl_dft.training.export import write_model
 from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps
@@ -186,7 +186,8 @@ class PreferenceTrainer(DPOTrainer):
             for left in (temporary, path):  # by a run that died while saving
                 shutil.rmtree(left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        Trainer._save_checkpoint(self, model, trial)  # TRL's writes a model card first
+        with writing(folder):
+            Trainer._save_checkpoint(self, model, trial)  # TRL's writes a model card first
         self.accelerator.wait_for_everyone()
         failpoint("checkpoint.before_marker")
         if self.is_world_process_zero():

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from verl_dft.errors import InputError
+from verl_dft.failpoints import failpoint
 
 MARKER = "complete.json"
 _FOLDER = re.compile(r"global_step_(\d+)$")
@@ -41,6 +43,7 @@ def forget_old(folder: str | Path, keep: int | None) -> None:
     for step in completed_steps(folder)[:-keep]:
         path = checkpoint_path(folder, step)
         (path / MARKER).unlink()  # first: a half-deleted folder must not count
+        failpoint("checkpoint.forgetting")
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -55,7 +58,8 @@ def resume_point(folder: str | Path, *, mode: str, given: str | Path | None, wor
         world_size: ranks of this run.
 
     Raises:
-        InputError: ``given`` is needed and not a whole checkpoint, or other ranks saved what would be loaded.
+        InputError: ``given`` is needed and not a whole checkpoint, other ranks saved what would be loaded, or a file
+            of it was cut off.
     """
     if mode == "disable":
         return None
@@ -74,7 +78,42 @@ def resume_point(folder: str | Path, *, mode: str, given: str | Path | None, wor
             f"{found.path} was saved by {saved} rank(s), this run has {world_size}; use the same number, or start "
             "from the exported model in another output_dir"
         )
+    if found and (file := damaged_file(found.path)):
+        raise InputError(damage(file, found, completed_steps(folder)))
     return found
+
+
+def damaged_file(path: Path, thorough: bool = False) -> Path | None:
+    """A file of weights or states below ``path`` that was cut off; with ``thorough`` also one with a wrong checksum."""
+    for file in sorted([*path.rglob("*.pt"), *path.rglob("*.safetensors")]):
+        try:
+            if file.suffix == ".safetensors":
+                whole = _is_whole_safetensors(file)
+            else:
+                with zipfile.ZipFile(file) as archive:  # what torch.save writes; the list of its parts is at its end
+                    whole = not thorough or archive.testzip() is None
+        except (zipfile.BadZipFile, OSError, ValueError):
+            whole = False
+        if not whole:
+            return file
+    return None
+
+
+def damage(file: Path, point: Checkpoint, own: list[int]) -> str:
+    """What to do about a damaged file of the checkpoint ``point``, where a run has those of steps ``own``."""
+    earlier = [step for step in own if step < point.step]
+    then = f"goes on from step {earlier[-1]}" if earlier else "starts over"
+    if point.step not in own:
+        then = "needs another trainer.resume_from_path"
+    return f"{file} is damaged; delete {point.path} and run the same command again: it {then}"
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        tensors = json.loads(stream.read(min(length, file.stat().st_size)))
+    ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+    return file.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def _marker(path: Path) -> dict[str, int]:

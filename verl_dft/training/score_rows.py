@@ -211,7 +211,7 @@ def _others(rows: ScoreRows, taken: Sequence[str]) -> dict[str, Any]:
         for path in rows.files:
             names = [name for name in tables.columns_of(path) if name not in known]
             if path.suffix == ".parquet":
-                parts.append(pq.read_table(path, columns=sorted(names)))
+                parts.append(pq.read_table(path, columns=sorted(names), page_checksum_verification=True))
             else:
                 records = tables.read_records(path)
                 parts.append(pa.Table.from_pylist([{name: r.get(name) for name in sorted(names)} for r in records]))
@@ -226,10 +226,8 @@ def _others(rows: ScoreRows, taken: Sequence[str]) -> dict[str, Any]:
 
 def write_scored(path: Path, table: pa.Table, **facts: Any) -> None:
     """Write rows as parquet with a manifest beside it (see ``verl_dft.files.write_manifest``)."""
-    import pyarrow.parquet as pq
-
     with atomic_write(path, "wb") as file:
-        pq.write_table(table, file)
+        tables.write_parquet(table, file)
     write_manifest(path, num_rows=table.num_rows, rows_sha256=sha256_file(path), **facts)
 
 

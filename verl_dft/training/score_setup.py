@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.config import compose, require, split_config_name
+from verl_dft.config import blamed, compose, require, split_config_name
 from verl_dft.data.prepare import prepare_rows
 from verl_dft.data.records import PER_TOKEN
 from verl_dft.data.sources import load_tokenizer
@@ -54,6 +54,7 @@ class Job:
         return KL_COLUMNS if self.config.kl else ()
 
 
+@blamed
 def compose_score(argv: Sequence[str]) -> DictConfig:
     """The checked configuration for a command line."""
     os.environ.setdefault("VERL_DFT_HARDWARE", "gpu" if has_accelerator() else "cpu")

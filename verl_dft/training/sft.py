@@ -12,6 +12,7 @@ from verl.utils.device import get_device_name
 from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
 
 from verl_dft.training.launch import run_guarded
+from verl_dft.training.only_one import only_training
 from verl_dft.training.setup import prepare_run
 from verl_dft.training.trainer import ObjectiveTrainerMixin, replaced
 from verl_dft.training.worker import ObjectiveWorker
@@ -63,7 +64,13 @@ def run(config: DictConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank: compose, prepare (or find prepared) rows, train."""
-    return run_guarded(lambda: run(prepare_run(list(sys.argv[1:] if argv is None else argv))))
+
+    def train() -> None:
+        config = prepare_run(list(sys.argv[1:] if argv is None else argv))
+        with only_training(config.output_dir):
+            run(config)
+
+    return run_guarded(train)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_dft.build.group_plan import Composition, parse_composition
-from verl_dft.config import compose, require, split_config_name
+from verl_dft.config import blamed, compose, require, split_config_name
 from verl_dft.errors import InputError
 from verl_dft.training.configure import (
     MAX_AUTO_MICRO_BATCH,
@@ -26,6 +26,7 @@ TRAINER = "verl_dft"
 _LIMITS = ("start", "weight_sync", "sample", "update")
 
 
+@blamed
 def compose_rl(argv: Sequence[str]) -> DictConfig:
     """The checked configuration of ``verl-dft rl`` for a command line.
 
