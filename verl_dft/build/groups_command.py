@@ -230,7 +230,8 @@ def _sample(job: Job, member: str, source: TextSource | OpenSource | None) -> No
 
 def _grade(job: Job) -> None:
     """Give the texts that no sampler graded their verdicts: the expert's, and the teacher's column."""
-    used = [problem for problem in job.problems if problem.id in _compositions(job)]
+    planned = _compositions(job)
+    used = [problem for problem in job.problems if problem.id in planned]
     if job.composition.expert:
         texts = {one.id: [job.candidates[one.id].expert] for one in used}
         for problem_id, (expert,) in group_sources.graded(used, texts, job.config).items():
