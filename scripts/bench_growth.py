@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,23 @@ TEXTS = [
 ]
 """65 to 350 characters, each a token; a tenth of the samples is right."""
 _RESULT = "RESULT "
+
+
+def source() -> Any:
+    """Scripted texts with ids that are objects of their own to Python, as a model's are, and log-probs."""
+    from verl_dft.sampling.engine import GeneratedText
+    from verl_dft.sampling.source import ScriptedSource
+
+    class Source(ScriptedSource):
+        def generate(self, requests: Any) -> list[GeneratedText]:
+            found = super().generate(requests)
+            return [replace(one, token_ids=[256 + i for i in one.token_ids], logp=_logp(one)) for one in found]
+
+    return Source(TEXTS)
+
+
+def _logp(text: Any) -> list[float]:
+    return [-0.01 * i for i in text.token_ids]
 
 
 def problems(folder: Path, rows: int) -> None:
@@ -45,10 +64,15 @@ def sample(folder: Path) -> None:
     """``verl-dft sample`` with a scripted source: prompts, seeds, store, grading, samples.parquet."""
     from verl_dft.sampling.command import run
     from verl_dft.sampling.configure import compose_sampling, plain
-    from verl_dft.sampling.source import ScriptedSource
 
-    given = [f"model={BASE}", f"data={folder / 'problems.jsonl'}", f"n={PER_PROBLEM}", "max_tokens=380"]
-    run(plain(compose_sampling("sample", [*given, f"output_dir={folder / 'sample'}"])), ScriptedSource(TEXTS))
+    given = [
+        f"model={BASE}",
+        f"data={folder / 'problems.jsonl'}",
+        f"n={PER_PROBLEM}",
+        "max_tokens=380",
+        "want_logp=true",
+    ]
+    run(plain(compose_sampling("sample", [*given, f"output_dir={folder / 'sample'}"])), source())
 
 
 def grade(folder: Path) -> None:
@@ -80,11 +104,10 @@ def evaluate(folder: Path) -> None:
     """``verl-dft evaluate`` with a scripted source: sampling, grading, metrics and the page of samples."""
     from verl_dft.evaluation.command import compose_evaluate
     from verl_dft.evaluation.run import evaluate
-    from verl_dft.sampling.source import ScriptedSource
 
     given = [f"model={BASE}", "benchmark=file", f"benchmark.path={folder / 'problems.jsonl'}", f"n={PER_PROBLEM}"]
     given += ["prompt=raw", "max_tokens=380", f"output_dir={folder / 'evaluate'}"]
-    evaluate(compose_evaluate(given), ScriptedSource(TEXTS))
+    evaluate(compose_evaluate(given), source())
 
 
 def load(folder: Path) -> None:
@@ -153,7 +176,7 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, float]]], sizes: list[in
     lines = [["stage", *head, "KB a further row"], ["---", *["---:"] * (len(sizes) + 1)]]
     for stage, by_size in found.items():
         cells = [f"{1000 * by_size[rows]['seconds'] / rows:.2f}, {by_size[rows]['mb']:.0f}" for rows in sizes]
-        more = [(by_size[b]["mb"] - by_size[a]["mb"]) * 1024 / (b - a) for a, b in zip(sizes, sizes[1:], strict=False)]
+        more = [(by_size[b]["mb"] - by_size[a]["mb"]) * 1024 / (b - a) for a, b in pairwise(sizes)]
         lines.append([stage, *cells, f"{more[-1]:.1f}" if more else ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

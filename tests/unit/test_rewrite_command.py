@@ -71,7 +71,7 @@ def test_what_is_written(finished: Path) -> None:
         row = by_origin[origin]
         assert len(row["behavior_logp"]) == len(row["response_ids"]) and row["finish_reason"] == "stop"
         same = [s for s in drawn[origin] if s.problem_id == row["problem_id"] and s.correct]
-        assert row["response_ids"] == same[0].token_ids and row["messages"][-1]["content"] == same[0].response
+        assert row["response_ids"] == list(same[0].token_ids) and row["messages"][-1]["content"] == same[0].response
     assert by_origin["expert"]["response_ids"] is None
     experts = {row["problem_id"]: row for row in read_rows(finished / "expert.parquet").to_pylist()}
     assert [row["problem_id"] for row in rows] == list(experts) and by_origin["expert"] in experts.values()

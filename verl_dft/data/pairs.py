@@ -182,7 +182,7 @@ def _row(pair: Mapping[str, Any], side: str) -> dict[str, Any]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The pairs of a file, checked but for their ids. Raises InputError with file, row and column."""
-    records = read_records(path)
+    records = read_records(path, compact=[f"{side}_ids" for side in SIDES])
     need_columns(path, records, ("prompt", *SIDES), "make the file with verl-dft reject")
     for index, record in enumerate(records):
         where = f"{path}: row {index}"

@@ -6,6 +6,7 @@ Units: ``advantage`` and ``reward`` are dimensionless, log-probabilities are in 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -175,7 +176,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pa.Table:
 
 def read_row_file(path: str | Path) -> pa.Table:
     """:func:`read_rows` of one file."""
-    records = tables.read_records(path)
+    records = tables.read_records(path, compact=("response_ids", *PER_TOKEN))
     tables.need_columns(path, records, ("messages",))
     return check_rows(str(path), records)
 
@@ -239,12 +240,12 @@ def _check_ids(where: str, ids: Any) -> None:
     import numpy as np
 
     try:
-        array = np.asarray(ids)
+        found = np.asarray(ids)
     except (ValueError, OverflowError):
-        array = np.asarray(None)
-    if array.shape == (0,):
+        found = np.asarray(None)
+    if found.shape == (0,):
         raise InputError(f"{where}: column 'response_ids' is empty; a response needs at least one token, drop the row")
-    if array.ndim != 1 or array.dtype.kind not in "iu":  # numbers with a fraction would lose it
+    if found.ndim != 1 or found.dtype.kind not in "iu":  # numbers with a fraction would lose it
         raise InputError(f"{where}: column 'response_ids' must be a list of token ids, whole numbers")
 
 
@@ -287,9 +288,13 @@ def _check_per_token(where: str, name: str, values: Sequence[float], ids: Sequen
         )
     import numpy as np
 
-    array = np.asarray([value if _is_number(value) else math.inf for value in values], dtype=np.float64)
+    if isinstance(values, array):  # of one type
+        found = np.array(values, dtype=np.float64)  # a copy
+        found[np.abs(found) > _LARGEST] = math.inf
+    else:
+        found = np.asarray([value if _is_number(value) else math.inf for value in values], dtype=np.float64)
     # rounding may lift a log-prob a little above 0; NaN stands for "unknown" in behavior_logp only
-    wrong = ~(array <= 1e-3) & ~(np.isnan(array) & (name == "behavior_logp"))
+    wrong = ~(found <= 1e-3) & ~(np.isnan(found) & (name == "behavior_logp"))
     if wrong.any():
         at = int(wrong.argmax())
         raise InputError(f"{where}: column {name!r} holds {values[at]} at position {at}; a log-prob is at most 0")

@@ -35,9 +35,9 @@ class Sample:
     seed: int = 0
     model: str = ""
     prompt_name: str = ""
-    token_ids: list[int] | None = None
+    token_ids: Sequence[int] | None = None
     num_tokens: int = 0
-    logp: list[float] | None = None
+    logp: Sequence[float] | None = None
     qwen: str = ""
     answer: str | None = None
     rule: str = ""
@@ -56,12 +56,15 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     from verl_dft.data.tables import write_parquet
     from verl_dft.files import atomic_write
 
-    rows = [{key: _storable(value) for key, value in vars(sample).items()} for sample in samples]
-    if all(row["logp"] is None for row in rows):
-        for row in rows:
-            del row["logp"]
+    names = [field.name for field in fields(Sample)]
+    if all(sample.logp is None for sample in samples):
+        names.remove("logp")
+    special = {"token_ids": pa.list_(pa.int64()), "logp": pa.list_(pa.float64())}
+    special |= dict.fromkeys(("index", "seed", "num_tokens"), pa.int64())
+    columns = [pa.array([_storable(getattr(sample, name)) for sample in samples], special.get(name, pa.string()))
+               for name in names]  # fmt: skip
     with atomic_write(path, "wb") as file:
-        write_parquet(pa.Table.from_pylist(rows), file)
+        write_parquet(pa.table(columns, names=names), file)
 
 
 def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:
@@ -77,7 +80,7 @@ def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:
     samples: list[Sample] = []
     seen: dict[tuple[Any, ...], str] = {}
     for path in map(_file, paths):
-        records = tables.read_records(path)
+        records = tables.read_records(path, compact=("token_ids", "logp"))
         tables.need_columns(path, records, _NEEDED)
         for row, record in enumerate(records):
             where = f"{path}: row {row}"

@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def _lines(shard: Shard) -> Iterator[bytes]:
 
 
 def _record(sample: StoredSample) -> dict[str, Any]:
-    text = asdict(sample.text)
+    text = dict(vars(sample.text))  # not asdict, which copies token by token
     for name in ("logp", "reported_tokens"):  # not in older records
         if text[name] is None:
             del text[name]
