@@ -16,10 +16,10 @@ from verl_dft.errors import InputError
 from verl_dft.files import write_json
 from verl_dft.training.online import failures, watchdog
 from verl_dft.training.online.failures import RolloutFailed, RunFailed, check_groups, place
-from verl_dft.training.online.lock import LOCK_FILE, only_run
 from verl_dft.training.online.ray_errors import failure, root_cause
 from verl_dft.training.online.room import check_room
 from verl_dft.training.online.watchdog import Watchdog
+from verl_dft.training.only_one import LOCK_FILE, only_run
 
 
 @contextmanager
@@ -182,9 +182,8 @@ def test_whole_groups_pass_whatever_others_lack() -> None:
 
 HOLD = """
 import sys, time
-from pathlib import Path
-from verl_dft.training.online.lock import only_run
-with only_run(Path(sys.argv[1])):
+from verl_dft.training.only_one import only_run
+with only_run(sys.argv[1], "rl"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -204,26 +203,26 @@ def holder(folder: Path) -> Iterator[subprocess.Popen]:
 def test_a_second_run_is_refused_and_a_killed_one_is_no_hindrance(tmp_path: Path) -> None:
     with holder(tmp_path) as first:
         with pytest.raises(InputError, match=rf"is in use by another verl-dft rl \(process {first.pid} on .*\); wait"):
-            with only_run(tmp_path):
+            with only_run(tmp_path, "rl"):
                 pass
         assert first.poll() is None
     assert (tmp_path / LOCK_FILE).read_text()  # what the killed one left
-    with only_run(tmp_path):
+    with only_run(tmp_path, "rl"):
         pass
-    with only_run(tmp_path):
+    with only_run(tmp_path, "rl"):
         pass
 
 
 def test_the_folder_is_held_as_long_as_the_child_lives(tmp_path: Path) -> None:
     """A command that was killed may have left its driver, which is ending."""
-    with only_run(tmp_path) as lock:
+    with only_run(tmp_path, "rl") as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
     try:
-        with pytest.raises(InputError, match="in use"), only_run(tmp_path):
+        with pytest.raises(InputError, match="in use"), only_run(tmp_path, "rl"):
             pass
     finally:
         child.communicate(b"\n", timeout=20)
-    with only_run(tmp_path):
+    with only_run(tmp_path, "rl"):
         pass
 
 

@@ -12,11 +12,11 @@ from verl_dft.files import atomic_write
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.training.configure import world_size
 from verl_dft.training.online.configure import compose_rl
-from verl_dft.training.online.lock import only_run
 from verl_dft.training.online.progress import LOG_FILE, Progress
 from verl_dft.training.online.prompts import prepare_prompts
 from verl_dft.training.online.supervise import supervise
 from verl_dft.training.online.teachers import check_teachers
+from verl_dft.training.only_one import only_run
 from verl_dft.training.resume import resume_point
 from verl_dft.training.setup import check_output, tokenizer_of
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     config = compose_rl(argv)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with only_run(output) as lock:
+    with only_run(output, "rl") as lock:
         path = prepare(config, output)
         command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path), str(os.getpid())]
         log = None if config.verbose else output / LOG_FILE
