@@ -106,6 +106,27 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """Yield a new folder of the system's temporary one; it goes when the block ends, and so do those of the same name
+    whose processes were killed."""
+    path = Path(tempfile.gettempdir()) / name
+    folder, lock = _temporary_folder(path)
+    try:
+        sweep_scratch(name)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep_scratch(name: str) -> None:
+    """Remove the folders of killed :func:`scratch_folder` blocks of that name."""
+    path = Path(tempfile.gettempdir()) / name
+    _leftovers.pop(path.parent.absolute(), None)  # others have come since
+    _sweep(path)
+
+
 def _temporary_file(path: Path) -> tuple[int, str]:
     """A new file beside ``path``, open and locked."""
     while True:

@@ -20,7 +20,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl_dft.errors import InputError
+from verl_dft.files import sweep_scratch
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
+from verl_dft.platform.temporary import ENGINE_FOLDER
 from verl_dft.sampling.cluster import check_room
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
 from verl_dft.sampling.source import TextSource
@@ -179,6 +181,7 @@ class ActorPool:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         remove_abandoned(self._shared_memory)
+        sweep_scratch(ENGINE_FOLDER)
 
     # ---- one event after the other ----
 

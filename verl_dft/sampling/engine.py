@@ -16,13 +16,16 @@ What it takes to be reproducible and to start anywhere:
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from verl_dft.errors import InputError
+from verl_dft.files import scratch_folder
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
+from verl_dft.platform.temporary import ENGINE_FOLDER
+from verl_dft.sampling.engine_environment import engine_environment, restore_environment
 from verl_dft.sampling.engine_options import context_length, cpu_options, cpu_threads, load_config, stored_dtype
 from verl_dft.sampling.same_shape import model_shape, shape_difference
 
@@ -154,9 +157,14 @@ class VLLMEngine:
         self._vllm = vllm
         environment = dict(os.environ)
         self._shared_memory = shared_memory_files() if tensor_parallel_size > 1 else None
+        self._folder = ExitStack()
+        folder = self._folder.enter_context(scratch_folder(ENGINE_FOLDER))
         try:
-            with _worker_environment(self.num_threads if self.on_cpu and tensor_parallel_size > 1 else None):
+            with engine_environment(folder, self.num_threads if self.on_cpu and tensor_parallel_size > 1 else None):
                 self._llm: Any = vllm.LLM(**self.options)
+        except BaseException:
+            self._folder.close()
+            raise
         finally:
             self._changed = {k: environment.get(k) for k, v in os.environ.items() if environment.get(k) != v}
 
@@ -252,33 +260,8 @@ class VLLMEngine:
         torch.set_num_threads = self._set_num_threads
         torch.set_num_threads(self._num_threads)
         # LD_PRELOAD and the like would otherwise reach every process started from here.
-        _restore_environment(self._changed)
-
-
-@contextmanager
-def _worker_environment(num_threads: int | None) -> Iterator[None]:
-    """What a CPU engine's processes inherit: so many threads each, not bound to cores.
-
-    vLLM would bind each process to a NUMA node of its own, and refuses to start where there are fewer.
-    """
-    if num_threads is None:
-        yield
-        return
-    given = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")}
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    try:
-        yield
-    finally:
-        _restore_environment(given)
-
-
-def _restore_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        restore_environment(self._changed)
+        self._folder.close()
 
 
 def _reload(worker: Any, folder: str) -> None:

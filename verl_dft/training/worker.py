@@ -12,6 +12,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
+from verl_dft.platform.memory import keep_freed_memory
 from verl_dft.training.average import WeightAverage
 from verl_dft.training.bridge import SUMS, LossBridge, ScoreBridge
 from verl_dft.training.checkpoint import without_lock_files
@@ -38,6 +39,8 @@ class ObjectiveWorker(TrainingWorker):
     def reset(self) -> None:
         """Build the model; what is random about it (LoRA) follows the run's seed, which verl does not see to."""
         torch.manual_seed(self.engine_config.seed)
+        if self.device_name == "cpu":
+            keep_freed_memory()
         super().reset()
         self._equip()
 

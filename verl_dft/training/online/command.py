@@ -8,8 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_dft.files import atomic_write
+from verl_dft.files import atomic_write, scratch_folder
 from verl_dft.platform.compat import check_verl_version
+from verl_dft.platform.temporary import RUN_FOLDER, temporaries_in
 from verl_dft.training.configure import world_size
 from verl_dft.training.online.configure import compose_rl
 from verl_dft.training.online.progress import LOG_FILE, Progress
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     config = compose_rl(argv)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with only_run(output, "rl") as lock:
+    with only_run(output, "rl") as lock, scratch_folder(RUN_FOLDER) as folder:
         path = prepare(config, output)
         command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path), str(os.getpid())]
         log = None if config.verbose else output / LOG_FILE
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"starting Ray, verl and vLLM; what they print is in {log}", file=sys.stderr, flush=True)
         begun = _step_of(config)
         with Progress(output, config.trainer.total_training_steps, begun) if log else nullcontext():
-            code = supervise(command, environment(config), output, config.trainer.default_local_dir, [lock], log)
+            env = environment(config) | temporaries_in(folder)
+            code = supervise(command, env, output, config.trainer.default_local_dir, [lock], log)
         if code == 0:
             print(f"trained; the model is in {output / 'model'}", file=sys.stderr, flush=True)
         return code
