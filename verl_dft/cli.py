@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from verl_dft.errors import InputError
+from verl_dft.errors import InputError, MachineFailed
 
 # verb -> (module with main(argv) -> int, one line, examples)
 _VERBS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -222,6 +222,9 @@ def told(run: Callable[[], int]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MachineFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

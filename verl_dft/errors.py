@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""What is told in one line: what the user can fix, and machines that failed."""
 
 _LONGEST, _KEPT = 2000, (1500, 400)
 
@@ -13,6 +13,10 @@ class InputError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(_one_line(str(message)))
+
+
+class MachineFailed(RuntimeError):
+    """Processes that a command needs have died, not by its input; told in one line, with exit code 1."""
 
 
 def _one_line(text: str) -> str:

@@ -12,7 +12,7 @@ from verl_dft.files import is_leftover
 
 # When, where, how long, and how much of it in this run: differs between two undisturbed runs too.
 VOLATILE = re.compile(
-    r"written_at|at|key|seconds|command|num_reused|num_generated|commit|train/total_tokens.*|.*tokens_per_second.*|"
+    r"written_at|at|key|seconds|command|reused|num_reused|num_generated|commit|train/total_tokens.*|.*tokens_per_second.*|"
     r".*(time|_s|_gb|mfu)(/.*)?|timing.*|perf.*"
 )
 # extra_state: of the generators too, which training leaves as it found them.
@@ -54,18 +54,30 @@ def said(path: Path, out: Path) -> Any:
         import pyarrow.parquet as pq
 
         # a thread pool would not survive the next fork
-        return pq.read_table(path, use_threads=False).to_pylist()
+        return _elsewhere(pq.read_table(path, use_threads=False).to_pylist(), out)
     if path.suffix == ".pt":
         with zipfile.ZipFile(path) as archive:  # the tensors; the pickle beside them differs for equal values
             return [hashlib.sha256(archive.read(name)).hexdigest() for name in _parts(archive)]
     if path.suffix in (".json", ".jsonl", ".md", ".txt", ".yaml", ".html", ".jinja"):
-        text = path.read_text(encoding="utf-8").replace(str(out), "OUT").replace(str(out.parent), "RUN")
+        text = _elsewhere(path.read_text(encoding="utf-8"), out)
         if path.suffix == ".json":
-            return _lasting(json.loads(text))
+            value = _lasting(json.loads(text))
+            if path.parent.name == "steps":  # hashes of files that are compared themselves, times and all
+                value["outputs"] = sorted(value["outputs"])
+            return value
         if path.name == "metrics.jsonl":
             return [_lasting(json.loads(line)) for line in text.splitlines()]
         return text
     return path.read_bytes()
+
+
+def _elsewhere(value: Any, out: Path) -> Any:
+    """``value`` with ``OUT`` and ``RUN`` in place of the folders' names, as in a text."""
+    if isinstance(value, list):
+        return [_elsewhere(item, out) for item in value]
+    if isinstance(value, dict):
+        return {key: _elsewhere(item, out) for key, item in value.items()}
+    return value.replace(str(out), "OUT").replace(str(out.parent), "RUN") if isinstance(value, str) else value
 
 
 def samples(out: Path) -> dict[str, str]:

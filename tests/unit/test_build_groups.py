@@ -382,7 +382,10 @@ def test_run_again_samples_nothing_and_writes_the_same_bytes(tmp_path: Path) -> 
         run(config(tmp_path, MODEL, "std=population"), Sources(own=source))
 
 
-@pytest.mark.parametrize("place", [place for place, _ in PLACES])
+@pytest.mark.parametrize(
+    "place",
+    [place for place, _ in PLACES[::2]] + [pytest.param(place, marks=pytest.mark.slow) for place, _ in PLACES[1::2]],
+)
 def test_killed_anywhere_groups_end_with_the_same_bytes(tmp_path: Path, place: str) -> None:
     make_problems(tmp_path, teachers=0)
     more = [MODEL, f"teacher.model={BASE}", "shard_size=7"]

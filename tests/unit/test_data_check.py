@@ -106,6 +106,7 @@ def test_bad_input(tmp_path: Path) -> None:
             main(argv)
 
 
+@pytest.mark.slow
 def test_known_facts_of_the_real_sets(shared_dir: Path, tmp_path: Path) -> None:
     """All golds grade as correct in a box but the empty ones; repeats and overlaps are as counted by other means."""
     folder = shared_dir / "data" / "benchmarks"

@@ -14,6 +14,7 @@ def _names(*overrides: str) -> list[str]:
     return [config.benchmark.name for config in compose_benchmarks(["model=m", *overrides])]
 
 
+@pytest.mark.slow
 def test_suites_hold_what_the_papers_measured() -> None:
     assert _names("benchmark=dft") == _DFT
     gft = "amc23 college_math gaokao2023en math minerva_math tabmwp olympiadbench mmlu_stem sat_math mawps svamp"

@@ -57,6 +57,7 @@ def _right_afterwards(pool: GraderPool) -> None:
     assert [grade.verdict for grade in grades] == ["correct", "wrong"]
 
 
+@pytest.mark.slow
 def test_hostile_answers_get_verdicts(pool: GraderPool) -> None:
     """All but those that cost a worker each: starting one takes a second, and the slow test has them all."""
     names = [name for name in [*BOXED, *TEXTS] if name not in COSTLY]

@@ -43,6 +43,7 @@ def _item(what: str, gold: str = r"\psi") -> GradeItem:
     return GradeItem(rf"\boxed{{\psi {what}}}", gold)
 
 
+@pytest.mark.slow
 def test_hostile_items_cost_only_themselves(pool: GraderPool) -> None:
     """Hanging, dying, memory and exceptions are verdicts; good items before, between and after are graded."""
     expected = {

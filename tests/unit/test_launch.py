@@ -77,7 +77,15 @@ def test_exit_code_and_one_line(
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        signal.SIGTERM,
+    ],
+    ids=lambda s: s.name,
+)
 def test_a_signal_ends_the_ranks_too(number: signal.Signals, command: Callable, tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     process = subprocess.Popen(command("wait"), stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)

@@ -221,6 +221,7 @@ def test_a_run_reuses_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.count("reused") == 2 and "started" not in out.split("done in")[-1]
 
 
+@pytest.mark.slow
 def test_a_scale_for_gpus_is_not_run_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["recipe", "run", "gft/sft_grpo", "scale=paper"]) == 2
     assert "--dry-run" in capsys.readouterr().err

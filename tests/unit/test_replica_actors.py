@@ -1,6 +1,7 @@
 """Shards on several sources at a time: what comes out, in what order it is told, and what a dead actor costs."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -198,3 +199,35 @@ def test_a_call_given_up_leaves_the_pool_usable_and_a_change_reaches_every_actor
         third = {number: texts for number, texts, _, _ in pool.generate_shards(_shards())}
         assert [third[i] for i in range(_SHARDS)] == [[plain_text(r, other) for r in rs] for rs in _shards()]
         assert pool.generate(_shards()[0]) == third[0] and pool.facts() == {"source": "scripted"}
+
+
+DYING = """
+import os, signal, sys, threading, time
+import psutil, ray
+from verl_dft.errors import MachineFailed
+from verl_dft.sampling.actors import ActorPool
+
+def make(_):
+    time.sleep(600)
+
+def kill_raylet():
+    time.sleep(3)
+    for child in psutil.Process().children(recursive=True):
+        if child.name() == "raylet":
+            child.kill()
+
+ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR", log_to_driver=False)
+threading.Thread(target=kill_raylet).start()
+try:
+    ActorPool(make, 1, {"CPU": 1})
+except MachineFailed as error:
+    print(error, flush=True)
+os._exit(0)  # ray.shutdown would wait for the raylet
+"""
+
+
+@pytest.mark.slow
+def test_a_start_that_nobody_will_finish_ends(run_command) -> None:
+    """The machine's raylet is killed while the first source is made: no answer will ever come."""
+    code, stdout, stderr = run_command([sys.executable, "-c", DYING], timeout=120)
+    assert code == 0 and "Ray on this machine has died" in stdout, stderr[-2000:]

@@ -129,7 +129,7 @@ def test_an_exit_code_that_nobody_explains(script) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("deaf", [False, True], ids=["hears", "deaf"])
+@pytest.mark.parametrize("deaf", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hears", "deaf"])
 def test_interrupted(script, number: signal.Signals, deaf: bool) -> None:
     """A driver that does not hear is killed; a second signal meanwhile changes nothing."""
     handler = "signal.SIG_IGN" if deaf else "lambda *_: ((folder / 'asked').touch(), sys.exit(1))"

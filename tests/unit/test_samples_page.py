@@ -171,6 +171,7 @@ def test_long_responses_are_shortened_and_said_to_be(tmp_path: Path) -> None:
     assert "1 long responses are shown by beginning and end" in text
 
 
+@pytest.mark.slow
 def test_ten_thousand_samples_make_a_page_in_seconds(tmp_path: Path) -> None:
     rows = [
         sample(f"p{i}", j, "wrong", "correct", text=f"{i} {j} " + "word " * 400) for i in range(625) for j in range(16)
@@ -236,6 +237,7 @@ def test_filters_in_a_browser(filter_: str, shown: str, problems: list[str], tmp
         assert opened.count(EVIL[1]) >= 3 and "owned" in opened
 
 
+@pytest.mark.slow
 @needs_browser
 def test_find_and_pages_in_a_browser(tmp_path: Path) -> None:
     rows = [sample(f"p{i}", 0, "wrong", "wrong") for i in range(45)]
@@ -257,6 +259,7 @@ def driven(page: Path, script: str, policy: bool = False) -> str:
     return copy.as_uri()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_script_that_got_into_the_page_would_not_run(tmp_path: Path) -> None:
     """The second line of defence, and what shows that the browser here does run scripts that are allowed."""

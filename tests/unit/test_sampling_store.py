@@ -48,7 +48,7 @@ def _sample_lines(folder: Path) -> dict[str, list[bytes]]:
     }
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("deterministic", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("place", "times"), PLACES)
 def test_killed_anywhere_and_resumed_is_as_if_never_killed(
     tmp_path: Path, place: str, times: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch

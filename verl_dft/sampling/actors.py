@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from verl_dft.errors import InputError
+from verl_dft.errors import InputError, MachineFailed
 from verl_dft.files import sweep_scratch
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 from verl_dft.platform.temporary import ENGINE_FOLDER
@@ -31,7 +31,8 @@ Make = Callable[[TextSource | None], TextSource]
 """Makes an actor's source: a new one where it has none, else the one it has, changed to what is wanted."""
 
 _SHARD_ATTEMPTS = 3
-_NOTICE_S = 60.0
+_LOOK_S, _NOTICE_S = 5.0, 60.0
+"""How often it is looked whether Ray lives, and said that replicas are waited for."""
 _CLOSE_S = 20.0
 # In place of a shard's number: nobody waits for it any more.
 _ABANDONED = -1
@@ -111,6 +112,7 @@ class ActorPool:
         self._replicas: list[_Replica] = []
         self._shared_memory = shared_memory_files()
         self._here = ray.get_runtime_context().get_node_id()
+        self._noticed = time.monotonic()
         try:
             check_room(bundle, num_replicas)
             for number in range(num_replicas):
@@ -140,7 +142,8 @@ class ActorPool:
 
         Raises:
             InputError: what a source raises.
-            RuntimeError: every replica failed as often as it may, or one shard failed several times.
+            MachineFailed: every replica failed as often as it may, or this machine's Ray has died.
+            RuntimeError: one shard failed several times.
         """
         assert self._work is None, "one call at a time"
         self._work = work = _Work(deque(enumerate(shards)))
@@ -190,13 +193,13 @@ class ActorPool:
         self._hand_out()
         busy = {replica.task: replica for replica in self._replicas if replica.task is not None}
         if not busy:
-            raise RuntimeError(
+            raise MachineFailed(
                 f"all {len(self._replicas)} replicas failed, the last one so: {_brief(self._last)}; what was finished "
                 "is kept, and the same command goes on from there"
             ) from self._last
-        done, _ = ray.wait(list(busy), num_returns=1, timeout=_NOTICE_S)
+        done, _ = ray.wait(list(busy), num_returns=1, timeout=_LOOK_S)
         if not done:
-            self._notice()
+            self._look()
             return None
         replica = busy[done[0]]
         shard, replica.task, replica.shard = replica.shard, None, None
@@ -277,8 +280,15 @@ class ActorPool:
                     found += [process, *process.children(recursive=True)]
         return found
 
-    def _notice(self) -> None:
-        if not any(replica.ready for replica in self._replicas):
+    def _look(self) -> None:
+        """Raises MachineFailed where this machine's Ray has died: nothing would ever be finished."""
+        if not any(node["Alive"] and node["NodeID"] == self._here for node in ray.nodes()):
+            raise MachineFailed(
+                "Ray on this machine has died (killed, perhaps for lack of memory); what was finished is kept, and the "
+                "same command goes on from there"
+            )
+        if time.monotonic() - self._noticed >= _NOTICE_S and not any(replica.ready for replica in self._replicas):
+            self._noticed = time.monotonic()
             need = ", ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
             print(f"waiting for {len(self._replicas)} replica(s) to start, {need} each", file=sys.stderr)
 

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from verl_dft.errors import InputError
+from verl_dft.files import scratch_folder
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.processes import end_with_parent
 from verl_dft.training.evaluate_during import EvaluationFailed
@@ -90,7 +90,7 @@ def run_ranks(command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
     try:
-        with tempfile.TemporaryDirectory(prefix="verl_dft_ranks_") as folder:  # torchrun would leave its own behind
+        with scratch_folder("verl_dft_ranks") as folder:  # torchrun would leave its own behind
             run(parse_args([f"--log-dir={folder}", *command]))
         return 0
     except ChildFailedError as error:

@@ -7,7 +7,6 @@
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
-from verl_dft.files import atomic_write, write_json, write_manifest, writing
+from verl_dft.files import atomic_write, scratch_folder, write_json, write_manifest, writing
 from verl_dft.platform.compat import check_verl_version
 from verl_dft.sampling.engine_options import context_length, load_config
 from verl_dft.training import score_statistics as statistics
@@ -44,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = [item for item in argv if item != "--dry-run"]
     config = compose_score(overrides)
     if dry_run:
-        with tempfile.TemporaryDirectory(prefix="verl_dft_score_") as folder:
-            print_plan(load_job(config, Path(folder), overrides))
+        with scratch_folder("verl_dft_score") as folder:
+            print_plan(load_job(config, folder, overrides))
         return 0
     output, launched = Path(config.output_dir), "RANK" in os.environ
     number = "RANK" if launched else "NODE_RANK" if config.trainer.nnodes > 1 else ""
