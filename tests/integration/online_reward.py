@@ -6,10 +6,11 @@ verl loads this file by its path (``reward.custom_reward_function``) in a reward
 from typing import Any
 
 from verl_dft.grading import extract_answer
-from verl_dft.grading.quick import quick_verdict
+from verl_dft.grading.quick import quick_judge
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any) -> float:
     """The quick rules decide every pair of numbers, so no grader process is needed here."""
     answer = extract_answer(solution_str)
-    return float(answer is not None and quick_verdict(answer, ground_truth, "number")[0] is True)
+    verdict = quick_judge(answer, ground_truth, "number") if answer is not None else None
+    return float(verdict is not None and verdict.equal)

@@ -234,6 +234,7 @@ def test_the_real_command_with_two_ranks(
         assert line["eval/arithmetic/avg"] == result["avg"] and result["num_samples"] == 16
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_the_real_command_killed_and_resumed(
     train_argv: TrainArgv, ranks: ForkServer, tiny_base: Path, tmp_path: Path

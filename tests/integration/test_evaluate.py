@@ -45,6 +45,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: Callab
     return folder, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_twice_gives_the_same_samples(
     model: Path, whole: tuple[Path, str, str], tmp_path: Path, run_cli: Callable
 ) -> None:
@@ -141,7 +142,7 @@ def main():
     chi_square = ((first - p * 3000) ** 2 / (p * 3000))[often].sum().item()
     changed = {k for k in os.environ if os.environ[k] != environment.get(k)}
     print(json.dumps({
-        "greedy": [g.token_ids for g in greedy], "expected": expected, "repeats": one == two,
+        "greedy": [list(g.token_ids) for g in greedy], "expected": expected, "repeats": one == two,
         "children": len(psutil.Process().children(recursive=True)), "changed": sorted(changed),
         "threads_restored": torch.set_num_threads is set_num_threads, "preload": preload,
         "chi_square": chi_square, "degrees": int(often.sum()), "rare": first[~often].sum().item() / 3000,

@@ -111,7 +111,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     options = {"max_new_tokens": 60, "do_sample": False}
     expected = [model.generate(torch.tensor([p]), **options)[0, len(p):].tolist() for p in prompts]
-    found = {"vllm": [g.token_ids for g in greedy], "texts": [g.text for g in greedy]}
+    found = {"vllm": [list(g.token_ids) for g in greedy], "texts": [g.text for g in greedy]}
     print(json.dumps({**found, "transformers": expected}))
 
 if __name__ == "__main__":

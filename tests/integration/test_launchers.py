@@ -56,6 +56,7 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_ray_trains_the_same(
     torchrun: tuple[Path, str], run_cli: Callable, options: TrainArgv, tmp_path: Path, short_folder: Path
 ) -> None:

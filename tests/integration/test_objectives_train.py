@@ -109,6 +109,7 @@ def test_what_the_trainer_provided_is_reported(trained: Path) -> None:
     assert min(losses(trained / "dft-exempt", "train/exempt_frac")) > 0
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_ranks_and_micro_batches_do_not_matter(
     ranks: ForkServer, tiny_base: Path, rows: Path, cache_dir: Path, tmp_path: Path

@@ -118,6 +118,7 @@ def test_early_stopping_agrees_with_the_literal_procedure(tiny_base: Path, tmp_p
         assert early["sampling"][stage]["tokens"] < 0.95 * literal["sampling"][stage]["tokens"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_three_kills_at_random_leave_the_same_bytes(tiny_base: Path, tmp_path: Path, run_cli: Callable) -> None:
     options = ["limit=120", "self.n=4", "guided.n=4", "shard_size=16"]

@@ -63,6 +63,7 @@ def test_the_trainer_dies_while_saving(start: Callable, out: Path, repo_root: Pa
     assert (out / "checkpoints" / "global_step_4" / "actor").is_dir()  # half a checkpoint, which does not count
 
 
+@pytest.mark.nightly
 def test_the_engine_dies_while_the_trainer_updates(start: Callable, out: Path) -> None:
     """The trainer does not use the engine, and hangs besides."""
     run = start(out)
@@ -104,6 +105,7 @@ def test_the_result_is_that_of_an_uninterrupted_run(start: Callable, out: Path, 
     assert_same_weights(out / "model", reference / "model", atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_start_that_takes_too_long(start: Callable, tmp_path: Path) -> None:
     code, line = start(tmp_path / "run", "limits.start=4").end(200)
     assert code == 1 and "the run hangs: more than limits.start=4 seconds" in line, line

@@ -18,7 +18,7 @@ from verl_dft.origins import ORIGINS
 from verl_dft.training.metrics import read_metrics
 from verl_dft.training.online.rewrite_loop import STAGES
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly]
 STEPS, BATCH = 3, 16
 LOSS = "actor_rollout_ref.actor.policy_loss"
 Captured = tuple[list[dict[str, Any]], list[dict[str, Any]]]
@@ -146,7 +146,6 @@ def test_the_loss_is_is_sfts(run: Captured) -> None:
         assert reported["actor/stored_frac"] == reported["actor/self_frac"] > 0 == reported["actor/unknown_frac"]
 
 
-@pytest.mark.nightly
 def test_with_dft(train: Callable) -> None:
     micros, metrics = train(1, f"{LOSS}.loss_mode=dft", f"~{LOSS}.objective.behavior")
     assert len(metrics) == 1 and metrics[0]["rewrite/self_frac"] > 0

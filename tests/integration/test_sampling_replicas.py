@@ -133,7 +133,7 @@ def test_a_replica_killed_at_work_costs_nothing_but_time(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_replicas", ["1", "3"])
+@pytest.mark.parametrize("num_replicas", [pytest.param("1", marks=pytest.mark.nightly), "3"])
 def test_one_and_three_replicas_write_what_one_engine_in_process_writes(
     script: Path, in_process: dict, tiny_base: Path, tmp_path: Path, run_command: Callable, num_replicas: str
 ) -> None:

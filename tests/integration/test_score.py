@@ -276,6 +276,7 @@ def test_torchrun_dry_run_and_limit(
     assert_close(column(out, "behavior_logp"), column(scored)[:10], TOLERANCE)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_vllm_agrees_and_survives_three_kills(
     run_command: Callable[..., Any], score_argv: ScoreArgv, scored: Path, tmp_path: Path

@@ -23,9 +23,8 @@ def run(ranks: ForkServer, train_argv: TrainArgv, tmp_path: Path) -> Callable[..
     return train
 
 
-@pytest.mark.parametrize(
-    "clip", [pytest.param(1e9, id="no-clip", marks=pytest.mark.slow), pytest.param(0.01, id="clip")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [pytest.param(1e9, id="no-clip"), pytest.param(0.01, id="clip")])
 def test_ranks_micro_batches_and_packing(run: Callable[..., Path], clip: float) -> None:
     """1 and 2 ranks x 1, 2, 4 micro-batches a rank x padded, packed: one trajectory."""
     runs = {}

@@ -82,6 +82,7 @@ def test_the_table_counts_and_cuts() -> None:
     assert lines[3] == f"b row 0: empty: {'x' * 59 + '…'!r}" and lines[-1] == "b: 2 more in check.json"
 
 
+@pytest.mark.slow
 def test_command_writes_what_it_found(tmp_path: Path, run_cli: Callable) -> None:
     _jsonl(tmp_path / "aime24.jsonl", {"problem": "q", "answer": "1"}, {"problem": "r", "answer": ""})
     train = _jsonl(tmp_path / "train.jsonl", {"problem": "Q!"})

@@ -37,7 +37,7 @@ def test_texts_come_in_the_order_of_the_requests_with_as_many_in_flight_as_allow
     texts = source(server, concurrency=4).generate([ask(str(i)) for i in range(40)])
     assert [text.text for text in texts] == [f"{i}!" for i in range(40)]
     assert [text.num_tokens for text in texts] == [i + 1 for i in range(40)]
-    assert all(text.token_ids == [] and text.finish_reason == "stop" for text in texts)
+    assert all(not text.token_ids and text.finish_reason == "stop" for text in texts)
     assert server.most_in_flight == 4
 
 

@@ -36,6 +36,7 @@ def test_licences_filter(capsys: pytest.CaptureFixture) -> None:
         _names("benchmark=tabmwp", "licences=GPL")
 
 
+@pytest.mark.slow
 def test_data_dir_finds_each_members_file(tmp_path: Path) -> None:
     for file in ("mawps.jsonl", "svamp.jsonl.gz", "mmlu_stem.parquet", "gsm8k_test.jsonl"):
         (tmp_path / file).touch()

@@ -29,6 +29,7 @@ def graded(shared_dir: Path) -> list[tuple[dict[str, Any], Grade]]:
     return list(zip(cases, grade_batch([GradeItem(c["response"], c["gold"]) for c in cases], 2), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [0, 1])
 def test_at_most_one_percent_of_labelled_cases_is_wrong(graded: list[tuple[dict[str, Any], Grade]], half: int) -> None:
     """In each half, split by a hash of the gold."""

@@ -5,7 +5,7 @@ import pytest
 from verl_dft.grading.extract import extract_answer
 from verl_dft.grading.judge import gold_type
 from verl_dft.grading.numbers import parse_number
-from verl_dft.grading.quick import quick_verdict, within
+from verl_dft.grading.quick import quick_judge, within
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,11 @@ def test_extract_answer(response: str, answer: str | None) -> None:
     assert extract_answer(response) == answer
 
 
+def quick(answer: str, gold: str, answer_type: str = "auto") -> tuple[bool | None, str]:
+    verdict = quick_judge(answer, gold, answer_type)
+    return (verdict.equal, verdict.rule) if verdict else (None, "")
+
+
 @pytest.mark.parametrize(
     ("answer", "gold", "equal", "rule"),
     [
@@ -73,13 +78,13 @@ def test_extract_answer(response: str, answer: str | None) -> None:
         ("6277", r"6277 \text{cm}", True, "string"),
     ],
 )
-def test_quick_verdict(answer: str, gold: str, equal: bool | None, rule: str) -> None:
-    assert quick_verdict(answer, gold) == (equal, rule)
+def test_quick_judge(answer: str, gold: str, equal: bool | None, rule: str) -> None:
+    assert quick(answer, gold) == (equal, rule)
 
 
 def test_choice_letters_compare_without_their_wrapping() -> None:
-    assert quick_verdict("(B) 12 cm", "B", "choice") == (True, "choice")
-    assert quick_verdict("C.", "B", "choice") == (False, "choice")
+    assert quick("(B) 12 cm", "B", "choice") == (True, "choice")
+    assert quick("C.", "B", "choice") == (False, "choice")
 
 
 def test_numbers_are_bounded() -> None:

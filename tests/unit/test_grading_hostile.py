@@ -109,6 +109,7 @@ def test_fuzzed_strings(pool: GraderPool, count: int) -> None:
     _right_afterwards(pool)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_memory_stays_bounded_over_every_hostile_answer_and_gold() -> None:
     """The caller grows by little, and no worker, alive or dead, ever held more than its limit.

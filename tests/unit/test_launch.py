@@ -61,10 +61,12 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
     ("what", "code", "last"),
     [
         ("input", 2, "error: the rows are wrong"),
-        ("crash", 1, "error: rank 1 ended with exit code 1; its traceback is above"),
         ("die", 1, "error: rank 1 was ended by signal 9 (SIGKILL), which is what the system does when memory runs out"),
+        pytest.param(
+            *("crash", 1, "error: rank 1 ended with exit code 1; its traceback is above"), marks=pytest.mark.slow
+        ),
     ],
-    ids=["input", "crash", "die"],
+    ids=["input", "die", "crash"],
 )
 def test_exit_code_and_one_line(
     what: str, code: int, last: str, command: Callable, run_command: Callable, tmp_path: Path

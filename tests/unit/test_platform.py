@@ -50,6 +50,7 @@ def test_installed_by_entry_point_without_an_accelerator() -> None:
     assert found["engine"] == "cuda" and found["patched"] and found["vllm"].endswith("+cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_inert_where_verl_finds_an_accelerator() -> None:
     """torch says CUDA is there: nothing of verl may be changed."""
@@ -60,6 +61,7 @@ def test_inert_where_verl_finds_an_accelerator() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_inert_where_the_user_names_another_platform() -> None:
     found = python(SHOW.format(before=""), VERL_PLATFORM="nvidia")

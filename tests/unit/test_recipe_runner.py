@@ -122,6 +122,7 @@ def test_loops_references_and_order(recipe: Path) -> None:
     assert len({step.folder for step in steps.values()}) == len(steps)
 
 
+@pytest.mark.slow
 def test_scale_options_and_command_line(recipe: Path) -> None:
     assert "trainer.n_gpus_per_node" not in planned(recipe)["train-sft-1"].values
     assert "train-sft-2" not in planned(recipe) and "train-sft-3" in planned(recipe, "seeds=[3]")

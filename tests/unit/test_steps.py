@@ -95,6 +95,7 @@ def test_a_step_that_writes_nothing_fails(root):
         run(root, [step])
 
 
+@pytest.mark.slow
 def test_at_once(root):
     code = "import time; time.sleep(0.8)"
     steps = [Step(name, (sys.executable, "-c", code), root / name, ()) for name in "ab"]

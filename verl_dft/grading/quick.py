@@ -93,12 +93,6 @@ def quick_judge(answer: str, gold: str, answer_type: str = "auto") -> Verdict | 
         return None
 
 
-def quick_verdict(answer: str, gold: str, answer_type: str = "auto") -> tuple[bool | None, str]:
-    """(strict verdict, rule) by the cheap rules; (None, "") where they cannot tell."""
-    verdict = quick_judge(answer, gold, answer_type)
-    return (verdict.equal, verdict.rule) if verdict else (None, "")
-
-
 def within(answer: str, gold: str, tolerance: float) -> bool:
     """Whether both are plain numbers, units apart, that differ by no more than ``tolerance``."""
     a, g = (parse_number(squeeze(strip_unit(tidy(text))[0])) for text in (answer[:1000], gold))

@@ -16,6 +16,7 @@ What it takes to be reproducible and to start anywhere:
 
 import gc
 import os
+from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,11 +59,17 @@ class GeneratedText:
     ``reported_tokens``: how many tokens an endpoint says it wrote; ``token_ids`` are then empty.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     text: str
     finish_reason: str
-    logp: list[float] | None = None
+    logp: Sequence[float] | None = None
     reported_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        # 4 and 8 bytes a token instead of an object each: all samples of a run are kept
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
+        if self.logp is not None:
+            object.__setattr__(self, "logp", array("d", self.logp))
 
     @property
     def num_tokens(self) -> int:
@@ -274,8 +281,7 @@ def _reload(worker: Any, folder: str) -> None:
 
 
 def _generated(output: Any, want_logp: bool) -> GeneratedText:
-    ids = list(output.token_ids)
     logp = None
     if want_logp:
-        logp = [float(at[token].logprob) for at, token in zip(output.logprobs, ids, strict=True)]
-    return GeneratedText(ids, output.text, str(output.finish_reason), logp)
+        logp = [float(at[token].logprob) for at, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return GeneratedText(output.token_ids, output.text, str(output.finish_reason), logp)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,7 +239,7 @@ def _lines(shard: Shard) -> Iterator[bytes]:
 
 
 def _record(sample: StoredSample) -> dict[str, Any]:
-    text = dict(vars(sample.text))  # not asdict, which copies token by token
+    text = {name: value.tolist() if isinstance(value, array) else value for name, value in vars(sample.text).items()}
     for name in ("logp", "reported_tokens"):  # not in older records
         if text[name] is None:
             del text[name]
@@ -247,7 +248,7 @@ def _record(sample: StoredSample) -> dict[str, Any]:
 
 def _sample(record: Mapping[str, Any]) -> StoredSample:
     optional = (record.get("logp"), record.get("reported_tokens"))
-    text = GeneratedText(list(record["token_ids"]), record["text"], record["finish_reason"], *optional)
+    text = GeneratedText(record["token_ids"], record["text"], record["finish_reason"], *optional)
     return StoredSample(record["key"], record["index"], record["seed"], text)
 
 
