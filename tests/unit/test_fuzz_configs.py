@@ -82,6 +82,8 @@ def test_any_override(verb: str) -> None:
         ("sample", "output_dir=???"),
         ("reject", "rejected=null"),
         ("reject", "prompt={a: 1}"),
+        ("evaluate", "benchmark.limit=???"),
+        ("rewrite", "guided=1.5"),
         ("train", "data.train_batch_size=???"),
         ("train", "data.mini_batch_size=inf"),
         ("train", "engine.ulysses_sequence_parallel_size=null"),

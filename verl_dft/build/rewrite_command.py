@@ -134,6 +134,8 @@ def rewrite_options(config: Mapping[str, Any]) -> RewriteOptions:
 
 
 def _stage(name: str, options: Mapping[str, Any], keep_truncated: bool) -> Stage:
+    if not isinstance(options, Mapping):
+        raise InputError(f"{name}={options}; the stage has keys of its own, e.g. {name}.n=4")
     prompt_name, prompt = find_prompt(options["prompt"])
     if name == GUIDED and not prompt.needs_reference:
         raise InputError(

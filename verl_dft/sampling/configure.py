@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from verl_dft.config import blamed, compose, split_config_name
 from verl_dft.errors import InputError
@@ -32,8 +33,13 @@ def compose_sampling(config_name: str, argv: Sequence[str], *, need_model: bool 
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain dicts and lists, interpolations resolved."""
-    return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    """A configuration as plain dicts and lists, interpolations resolved. Raises InputError where one leads nowhere."""
+    if not isinstance(config, DictConfig):
+        return dict(config)
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{str(error).partition(chr(10))[0]}; give the key a value") from None
 
 
 def check_sampler(config: Mapping[str, Any]) -> None:
