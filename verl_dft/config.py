@@ -2,8 +2,6 @@
 
 import difflib
 import functools
-import importlib.metadata
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +12,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from verl_dft.errors import InputError
+from verl_dft.installed import installed_objectives
 from verl_dft.paths import configs_dir, recipes_dir
 
-_PLUGINS = "verl_dft.objectives"
-"""Entry-point group of other packages' objectives; :mod:`verl_dft.objectives` reads it too, but imports torch."""
 _MISTAKEN = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, AssertionError,
              OSError, OmegaConfBaseException)  # fmt: skip
 _OVERRIDE = re.compile(r"^(?P<prefix>\+\+|\+|~)?(?P<key>[^=]+?)(=(?P<value>.*))?$", re.DOTALL)
@@ -54,31 +51,6 @@ def blamed(compose_and_check: Callable[..., _Composed]) -> Callable[..., _Compos
     return told
 
 
-def _register_search_path() -> None:
-    """Add our configs and recipes, then verl's, behind the primary config's own folder."""
-    from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
-
-    class VerlDftSearchPath(SearchPathPlugin):
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            search_path.append("verl_dft", f"file://{configs_dir()}")
-            search_path.append("verl_dft.recipes", f"file://{recipes_dir()}")
-            search_path.append("verl", f"file://{_verl_configs()}")
-
-    plugins = Plugins.instance()
-    if not any(p.__name__ == "VerlDftSearchPath" for p in plugins.discover(SearchPathPlugin)):
-        plugins.register(VerlDftSearchPath)
-
-
-def _verl_configs() -> Path:
-    """verl's config folder, located without importing verl, which takes seconds."""
-    verl = importlib.util.find_spec("verl")
-    if verl is None or not verl.submodule_search_locations:
-        raise InputError("verl is not installed; run: verl-dft doctor")
-    return Path(verl.submodule_search_locations[0]) / "trainer" / "config"
-
-
 @blamed
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration ``config_name`` with command-line overrides.
@@ -97,7 +69,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    _register_search_path()
+    from verl_dft import config_source
+
+    config_source.register()
     folder, name = _locate(config_name)
     groups = _groups(folder)
     overrides = [changed for override in overrides for changed in _rewrite(override, overrides, groups)]
@@ -138,7 +112,7 @@ def group_options(group: str) -> list[str]:
     """What ``group=`` takes, e.g. ``group_options("objective")``: our files, and objectives of installed packages."""
     names = set(_shipped(group))
     if group == "objective":
-        names |= {entry.name for entry in importlib.metadata.entry_points(group=_PLUGINS)}
+        names |= set(installed_objectives())
     return sorted(names)
 
 
@@ -194,6 +168,8 @@ def _nearest(wrong: str, valid: Iterable[str]) -> str:
 
 def _explain(error: Exception, folder: Path, name: str) -> str:
     """One line for Hydra's several: which override is wrong and what would be right."""
+    from verl_dft.config_source import verl_configs
+
     text = str(error)
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError) or "is not in struct" in text or "Could not override" in text:
@@ -202,7 +178,7 @@ def _explain(error: Exception, folder: Path, name: str) -> str:
         return f"config {name!r} has no key {key!r}{_nearest_key(key, folder, name)}; to add a new key, write +{key}=…"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
-        valid = group_options(group) or [f.stem for f in (_verl_configs() / group).glob("*.yaml")]
+        valid = group_options(group) or [f.stem for f in (verl_configs() / group).glob("*.yaml")]
         return f"config group {group!r} has no option {option!r}{_nearest(option, valid)}"
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return f"config {name!r} has no group {match[1]!r}"

@@ -67,8 +67,6 @@ def reported(root: Path, run_cli: Callable[..., Any]) -> dict[str, Any]:
     ("recipe", "verbs", "straight"),
     [
         pytest.param("dft/table1", ["data", "train", "evaluate"], True, id="dft"),
-        pytest.param("data_rewriting/table2", ["data", "rewrite", "train", "evaluate"], False, id="data_rewriting"),
-        pytest.param("gft/fig6", ["groups", "train", "evaluate"], False, id="gft"),
         pytest.param("data_rewriting/table2", ["data", "rewrite", "train", "evaluate"], True,
                      id="data_rewriting-compared", marks=pytest.mark.nightly),
         pytest.param("gft/sft_grpo", ["train", "rl", "evaluate"], False, id="staged", marks=pytest.mark.nightly),

@@ -90,7 +90,9 @@ def test_p_values() -> None:
     assert _p_value(12.592, 6) == pytest.approx(0.05, abs=1e-4) and _p_value(22.458, 6) == pytest.approx(1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("wave_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "wave_size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_early_stopping_gives_the_same_stages_and_the_same_responses(wave_size: int) -> None:
     """Chi-square of (stage, kept response): against the exact probabilities, and against independent literal draws."""
     literal, early = _literal(), _draw(make_options(N, wave_size), 2)
@@ -110,6 +112,7 @@ class LastWaveForgotten(RewritePlanner):
         return (wave for wave in super()._all_waves() if wave[1] == 0 or wave[1] + 1 < N // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wave_size", "planner"), [(2, ShortestWins), (None, ShortestWins), (2, LastWaveForgotten)])
 def test_a_wrong_rule_is_detected(wave_size: int | None, planner: type[RewritePlanner]) -> None:
     wrong = _draw(make_options(N, wave_size), 2, planner)

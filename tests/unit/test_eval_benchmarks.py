@@ -57,6 +57,7 @@ def test_local_copies_of_the_real_sets_load(shared_dir: Path) -> None:
     assert (len(math500.problems), math500.problems[1].answer) == (7, "p - q")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _ROWS)
 def test_every_local_set_loads_whole(shared_dir: Path, name: str) -> None:
     config = _benchmark(f"benchmark={name}")

@@ -40,6 +40,7 @@ def test_at_most_one_percent_of_labelled_cases_is_wrong(graded: list[tuple[dict[
     assert len(mine) > 1000 and len(wrong) <= len(mine) / 100, wrong
 
 
+@pytest.mark.slow
 def test_the_qwen_verdict_accepts_what_that_harness_is_known_to(graded: list[tuple[dict[str, Any], Grade]]) -> None:
     """Factors of 100, 5e-5 off and swapped ends pass there (grading notes); other wrong answers do not."""
     lenient = [(case, grade) for case, grade in graded if case["kind"] in LENIENT_KINDS]

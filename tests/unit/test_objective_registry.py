@@ -1,7 +1,7 @@
 """Names and classes: what is registered, what a package of the user's adds, and what is refused."""
 
-import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -44,13 +44,14 @@ class Silent:
     pass
 
 
-def add_entry_points(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    """As if an installed package had these entry points."""
-    points = [importlib.metadata.EntryPoint(name, value, "verl_dft.objectives") for name, value in targets.items()]
-    real = importlib.metadata.entry_points
-    monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda *, group: points if group == points[0].group else real()
-    )
+def add_entry_points(monkeypatch: pytest.MonkeyPatch, folder: Path, **targets: str) -> None:
+    """Install the metadata of a package with these entry points."""
+    info = folder / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in targets.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[verl_dft.objectives]", *lines, ""]))
+    monkeypatch.syspath_prepend(folder)
 
 
 def test_every_built_in_name_builds() -> None:
@@ -61,15 +62,15 @@ def test_every_built_in_name_builds() -> None:
         assert isinstance(objective, objectives.Objective)
 
 
-def test_a_package_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_entry_points(monkeypatch, mine=f"{__name__}:Mine")
+def test_a_package_adds_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    add_entry_points(monkeypatch, tmp_path, mine=f"{__name__}:Mine")
     assert "mine" in list_objectives() and "dft" in list_objectives()
     assert get_objective("mine", tau=0.5) == Mine(0.5)
     assert objective_name({"_target_": f"{__name__}.Mine"}) == "mine"
 
 
-def test_a_package_may_not_take_our_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_entry_points(monkeypatch, dft=f"{__name__}:Mine", sft=f"{__name__}:Mine", mine=f"{__name__}:Mine")
+def test_a_package_may_not_take_our_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    add_entry_points(monkeypatch, tmp_path, dft=f"{__name__}:Mine", sft=f"{__name__}:Mine", mine=f"{__name__}:Mine")
     with pytest.raises(InputError, match="reuse the built-in name.s. dft, sft; rename them"):
         list_objectives()
 

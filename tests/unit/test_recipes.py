@@ -70,6 +70,7 @@ def test_recipe_says_how_it_is_run(name):
     assert f"--config-name {name}" in comment and "# Needs: " in comment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_of_a_group_composes(config, group, option):
     assert len(compose(config, [f"{group}={option}"]))

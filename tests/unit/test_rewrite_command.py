@@ -192,8 +192,7 @@ def test_model_and_folder_are_needed() -> None:
 
 
 # ---- golds and prompts ----
-
-
+@pytest.mark.slow
 def test_golds_that_no_response_can_be_judged_against() -> None:
     golds = ["72", r"\frac{1}{2}", "east", "(3, 4)", "x^2+1", "", r"\frac{1}{", "???", "5\\"]
     golds.append(r"\sum_{n=0}^{\infty} \frac{(-1)^{n}}{n+1} x^{n+1}")  # slow to compare, but sound

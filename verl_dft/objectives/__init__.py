@@ -7,11 +7,11 @@ group ``verl_dft.objectives`` (``name = "my_pkg.losses:MyObjective"``).
 import dataclasses
 import difflib
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 from verl_dft.errors import InputError
+from verl_dft.installed import GROUP, installed_objectives
 from verl_dft.objectives.batch import OPTIONAL_FIELDS, Objective, TokenBatch, TokenLoss, token_loss
 
 _TABLE = {
@@ -28,7 +28,6 @@ _TABLE = {
     "chord_mix": "verl_dft.objectives.chord_mix.CHORDMix",
     "luffy": "verl_dft.objectives.luffy.LUFFY",
 }
-_GROUP = "verl_dft.objectives"
 
 __all__ = [
     "OPTIONAL_FIELDS",
@@ -45,10 +44,10 @@ __all__ = [
 
 
 def _targets() -> dict[str, str]:
-    plugins = {e.name: e.value.replace(":", ".") for e in importlib.metadata.entry_points(group=_GROUP)}
+    plugins = installed_objectives()
     clash = sorted(set(plugins) & set(_TABLE))
     if clash:
-        raise InputError(f"entry points of group {_GROUP} reuse the built-in name(s) {', '.join(clash)}; rename them")
+        raise InputError(f"entry points of group {GROUP} reuse the built-in name(s) {', '.join(clash)}; rename them")
     return {**_TABLE, **plugins}
 
 
