@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_dft.data.tables import read_parquet
 from verl_dft.files import atomic_write, sha256_file, versions, write_json
 from verl_dft.provenance import hardware, now, relative, typed
 from verl_dft.report import html
@@ -107,11 +108,9 @@ def _parts(
 
 def _samples(root: Path) -> Iterator[str]:
     """The first sample of some problems, by each model, with its verdict: the same numbers, so no choice is made."""
-    import pyarrow.parquet as pq
-
     questions = _questions(root)
     by_model = {
-        shown: [row for row in pq.read_table(root / "evaluation" / name / "samples.parquet").to_pylist()
+        shown: [row for row in read_parquet(root / "evaluation" / name / "samples.parquet").to_pylist()
                 if row["index"] == 0]
         for name, shown in MODELS.items()
     }  # fmt: skip

@@ -19,6 +19,7 @@ from verl_dft.recipes.record import run_facts, step_facts
 from verl_dft.recipes.settings import Settings, settings_of
 from verl_dft.recipes.show import commands, figures, listing, page
 from verl_dft.recipes.verbs import files_of
+from verl_dft.redact import redacted_values
 from verl_dft.step_server import KINDS
 from verl_dft.steps import Step, StepError, StepRunner
 
@@ -178,7 +179,7 @@ def write_run(
             link.unlink()
         link.symlink_to(os.path.relpath(step.folder, folder), target_is_directory=True)
     steps = [step_facts(step, _id(step), settings, records.get(_id(step), {})) for step in planned]
-    write_json(folder / "run.json", {**facts, "steps": steps})
+    write_json(folder / "run.json", redacted_values({**facts, "steps": steps}))
     table = figures(planned) if records else ""
     if table:
         with atomic_write(folder / "figures.txt") as file:

@@ -10,7 +10,7 @@ from typing import Any
 
 from faulting import damage, judge
 from faulting.attempt import Attempt, again
-from faulting.world import abandoned, shared_memory, wait_for
+from faulting.world import Run, abandoned, shared_memory, wait_for
 
 GRADER = r"verl_dft\.grading\.worker"
 
@@ -51,15 +51,29 @@ def twice(a: Attempt, place: str) -> bool:
 
 def moment(a: Attempt, _: str) -> bool:
     """The command is killed at any moment."""
+    return _kill(a, lambda run: ("command", run.pids))
+
+
+def rank(a: Attempt, _: str) -> bool:
+    """One of several ranks is killed at any moment."""
+
+    def one(run: Run) -> tuple[str, list[int]]:
+        number = a.rng.randrange(len(run.pids))
+        return f"rank {number}", [run.pids[number]]
+
+    return _kill(a, one)
+
+
+def _kill(a: Attempt, victims: Callable[[Run], tuple[str, list[int]]]) -> bool:
     assert a.reference is not None
     run, at = a.start(), a.rng.uniform(0.02, a.reference.seconds)
     if run.wait(at):
         a.end(run)
         return False
-    a.facts["at_s"] = round(at, 2)
-    a.facts["killed"] = "command"
+    title, pids = victims(run)
+    a.facts |= {"at_s": round(at, 2), "killed": title}
     begun = time.monotonic()
-    for pid in run.pids:
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
     a.end(run, begun)
     return True
@@ -97,20 +111,6 @@ def grader(a: Attempt, _: str) -> bool:
         return False
     if "told" in a.facts:
         a.problems.append(f"the command failed: {a.facts['told']}")
-    return True
-
-
-def rank(a: Attempt, _: str) -> bool:
-    """One of several ranks is killed at any moment."""
-    assert a.reference is not None
-    run, at = a.start(), a.rng.uniform(0.02, a.reference.seconds)
-    if run.wait(at):
-        a.end(run)
-        return False
-    victim = a.rng.randrange(len(run.pids))
-    a.facts |= {"at_s": round(at, 2), "killed": f"rank {victim}"}
-    os.kill(run.pids[victim], signal.SIGKILL)
-    a.end(run, time.monotonic())
     return True
 
 

@@ -29,7 +29,7 @@ class Scenario:
     name: str
     argv: Callable[[Path, Mapping[str, Path]], list[str]]
     call: str | None = "verl_dft.cli:main"
-    ranks: int = 1
+    ranks: int = 0
     input: str | None = None
     kinds: tuple[str, ...] = CHEAP
     weight: float = 1.0

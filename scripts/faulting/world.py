@@ -1,6 +1,7 @@
 """Runs of commands that may be killed: started, found again with all their descendants, ended, cleared up after."""
 
 import importlib
+import itertools
 import os
 import re
 import signal
@@ -18,6 +19,9 @@ MARK = "VERL_DFT_FAULTS_RUN"
 """Environment variable by which a descendant is known, whatever has become of its parents."""
 _GRACE_S = 15.0
 """How long descendants may take to notice that the command is gone."""
+_FIRST, _LAST = 20_000, 30_000
+_PORTS = (_FIRST + (os.getpid() * 101 + n) % (_LAST - _FIRST) for n in itertools.count())
+"""Programs that run at the same time start far apart."""
 
 
 class Found(NamedTuple):
@@ -54,6 +58,13 @@ class Run:
         if len(self.codes) == len(self.pids) and self.ended is None:
             self.ended = time.monotonic()
         return self.ended is not None
+
+    def kill(self) -> None:
+        """Kill the command's own processes."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                os.kill(pid, signal.SIGKILL)
+        self.wait(10)
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within so long."""
@@ -102,17 +113,17 @@ class Run:
         return [found.title[:120] for found in left]
 
 
-def start(call: str | None, argv: Sequence[str], env: Mapping[str, str], log: Path, mark: str, ranks: int = 1) -> Run:
+def start(call: str | None, argv: Sequence[str], env: Mapping[str, str], log: Path, mark: str, ranks: int = 0) -> Run:
     """Start ``verl-dft *argv``, or ``call(argv)`` (``module:function``) in a process forked from this one.
 
     Args:
         call: None: the command in a fresh interpreter. A forked one has this process's imports and nothing else.
-        ranks: processes with the environment that torchrun would give them.
+        ranks: so many processes with the environment that torchrun would give them; 0: one without it.
     """
     port = _free_port()
     pids = []
-    for rank in range(ranks):
-        several = {} if ranks == 1 else {
+    for rank in range(ranks or 1):
+        several = {} if not ranks else {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
@@ -147,9 +158,12 @@ def _become(call: str | None, argv: list[str], env: Mapping[str, str], log: Path
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that the system gives to nobody by itself: rank 0 listens on it only a second later."""
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def _living(mark: str, sessions: set[int]) -> list[Found]:

@@ -124,8 +124,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ("kind", "dtype"),
     [
         ("tied", "float32"),
-        ("untied", "float32"),
-        ("tied", "bfloat16"),
+        pytest.param("untied", "float32", marks=pytest.mark.nightly),
+        pytest.param("tied", "bfloat16", marks=pytest.mark.nightly),
     ],
 )
 def test_an_engine_with_other_weights_writes_what_a_new_engine_writes(

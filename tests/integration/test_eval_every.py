@@ -173,7 +173,7 @@ def test_a_failed_evaluation_is_told_and_counted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_failed_evaluation_stops_where_it_should(
     ranks: ForkServer, argv: TrainArgv, tmp_path: Path, run_cli: Callable, whole: tuple[int, Path], world: int
 ) -> None:

@@ -189,6 +189,7 @@ def test_exempt_tokens_and_origins(
     assert losses(out, "train/mean_origin") == [0]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_ray_provides_the_same(
     ranks: ForkServer, run_cli: Callable, small_model: Path, uneven_rows: Path, cache_dir: Path, tmp_path: Path

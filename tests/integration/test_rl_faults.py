@@ -135,6 +135,7 @@ def test_a_part_that_hangs(
 
 
 @pytest.mark.nightly
+@pytest.mark.nightly
 def test_nothing_is_left_of_a_run_whose_command_was_killed(start: Callable, tmp_path: Path) -> None:
     """Nor of one whose driver was, whose folder is free at once."""
     run = start(tmp_path / "run")

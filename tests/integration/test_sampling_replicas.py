@@ -143,6 +143,7 @@ def test_one_and_three_replicas_write_what_one_engine_in_process_writes(
     assert _sample_lines(tmp_path) == in_process
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_tensor_parallel_replicas_agree_with_one_process_up_to_rounding(
     script: Path, in_process: dict, tiny_base: Path, tmp_path: Path, run_command: Callable

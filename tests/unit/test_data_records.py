@@ -13,6 +13,7 @@ import pytest
 from data_helpers import chat
 
 from verl_dft.data.records import Problem, Row, read_problems, read_rows, write_problems, write_rows
+from verl_dft.data.tables import read_parquet, write_parquet
 from verl_dft.errors import InputError
 
 
@@ -162,3 +163,18 @@ def test_bad_problem_is_named(tmp_path: Path, record: dict, message: str) -> Non
     path = write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "problem": "q", "answer": "1"}, record])
     with pytest.raises(InputError, match=message):
         read_problems(path)
+
+
+def test_columns_of_a_table_are_read_with_their_checksums(tmp_path: Path) -> None:
+    file = tmp_path / "table.parquet"
+    with open(file, "wb") as opened:
+        write_parquet(pa.table({"kept": list(range(1000)), "other": ["x"] * 1000}), opened)
+    assert read_parquet(file, ["kept"])["kept"].to_pylist() == list(range(1000))
+    assert read_parquet(file).column_names == ["kept", "other"]
+    with pytest.raises(InputError, match=r"table\.parquet .*missing"):
+        read_parquet(file, ["kept", "missing"])
+    data = bytearray(file.read_bytes())
+    data[2000] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"table\.parquet cannot be read as parquet: .*make it again"):
+        read_parquet(file, ["kept"])

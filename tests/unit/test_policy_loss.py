@@ -334,6 +334,7 @@ def test_options_on_verls_command_line() -> None:
     assert compose().policy_loss.get("objective") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

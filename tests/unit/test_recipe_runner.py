@@ -77,7 +77,7 @@ def test_there_are_recipes() -> None:
     assert set(shared_scales()) == set(SCALES)
 
 
-QUICK = ("gft/sft_gft_grpo", "dft/table3", "data_rewriting/table2")
+QUICK = ("gft/sft_gft_grpo", "data_rewriting/table2")
 """Recipes that are composed at the tiny scale in every run of the tests; all, at every scale, among the slow ones."""
 COMPOSED = [
     pytest.param(name, scale, marks=() if name in QUICK and scale == "tiny" else pytest.mark.slow)

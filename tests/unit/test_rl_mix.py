@@ -57,6 +57,7 @@ def test_the_papers_two_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "verl_dft_group"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -210,6 +210,7 @@ def test_what_a_step_reports() -> None:
 # ---- before the run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -212,6 +212,21 @@ def test_a_full_disk_is_one_line_and_costs_one_shard(mixed: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["000000.npy"], "no half of a file is left"
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95, 0.9999])
+def test_a_shard_with_a_turned_bit_is_scored_again(mixed: Path, tmp_path: Path, share: float) -> None:
+    rows = load(mixed, tmp_path / "cache")
+    store = ShardStore(tmp_path / "a", rows, 2, 1)
+    for number, shard in enumerate(store.shards):
+        store.write(number, [np.full((1, int(rows.responses[i])), -1, dtype=np.float32) for i in shard])
+    assert store.missing() == [] and set(store.values()[0]) == {-1}
+    data = bytearray(store.path(1).read_bytes())
+    data[int(share * len(data))] ^= 1
+    store.path(1).write_bytes(data)
+    assert store.missing() == [1]
+    store.path(1).write_bytes(b"")
+    assert store.missing() == [1]
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, 0.5])
 def test_what_is_no_log_prob_is_refused(mixed: Path, tmp_path: Path, bad: float) -> None:
     rows = load(mixed, tmp_path / "cache")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from verl_dft.cli import main
-from verl_dft.redact import redacted
+from verl_dft.errors import InputError
+from verl_dft.redact import redacted, redacted_values
 
 WANDB, HUB, OTHER, TYPED = "0123abcd" * 5, "hf_QwErTyUiOpAsDfGh", "sk-endpoint-key-000111", "typed-on-the-line"
 SECRETS = (WANDB, HUB, OTHER, TYPED, "hunter22secret")
@@ -88,3 +89,30 @@ def test_a_result_is_gone_on_with_whatever_the_secret(monkeypatch: pytest.Monkey
 
     before = identity({"url": "http://u:one@h", "n": 1})
     assert before == identity({"url": "http://u:two@h", "n": 1}) and before["url"] == "http://***@h"
+
+
+def test_values_of_a_configuration() -> None:
+    config = {"db_password": 12345678, "api_key": None, "endpoint": {"api_key": "$KEY", "urls": ["http://u:p@h", 3.5]},
+              OTHER: OTHER, "passwords": ["a"], "secret": ["b", "c"]}  # fmt: skip
+    shown = {"db_password": "***", "api_key": None, "endpoint": {"api_key": "$KEY", "urls": ["http://***@h", 3.5]},
+             "***": "***", "passwords": ["a"], "secret": ["***", "***"]}  # fmt: skip
+    assert redacted_values(config) == shown
+    assert redacted_values(shown) == shown
+
+
+def test_a_training_is_gone_on_with_whatever_the_secret(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from verl_dft.training.setup import as_recorded, check_output
+
+    def config(secret: str, rate: float = 1e-5) -> OmegaConf:
+        return OmegaConf.create({"optim": {"lr": rate}, "note": {"password": secret, "url": f"http://me:{secret}@h"}})
+
+    (tmp_path / "config.yaml").write_text(as_recorded(config("hunter22secret")))
+    (tmp_path / "metrics.jsonl").touch()
+    assert "hunter" not in (tmp_path / "config.yaml").read_text()
+    check_output(config("another"), tmp_path)
+    with pytest.raises(InputError, match=r"another configuration .optim.lr: 1e-05 there, 0.0001 here"):
+        check_output(config("another", 1e-4), tmp_path)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config("of-an-earlier-version")))
+    check_output(config("another"), tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from verl_dft.data.records import PER_TOKEN
+from verl_dft.data.tables import read_parquet
 from verl_dft.errors import InputError
 
 
@@ -71,7 +72,7 @@ def read_scored(path: Path, column: str | None = None) -> ScoredFile:
         for name in ("problem_id", "origin", "response_ids", column):
             if name not in have:
                 raise InputError(f"{file}: no column {name!r} (columns: {', '.join(have)}); {_how(name)}")
-        table = pq.read_table(file, columns=["problem_id", "origin", "response_ids", column]).combine_chunks()
+        table = read_parquet(file, ["problem_id", "origin", "response_ids", column]).combine_chunks()
         ids, starts = _flat(table["response_ids"], file, "response_ids")
         values, value_starts = _flat(table[column], file, column)
     except (pa.ArrowException, OSError) as error:

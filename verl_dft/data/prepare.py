@@ -14,7 +14,7 @@ from verl_dft.data.records import Problem, Row, write_problems, write_rows
 from verl_dft.data.sources import ProblemSet, load_problem_set
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
-from verl_dft.redact import redacted
+from verl_dft.redact import redacted_values
 
 _STYLE_ORIGIN = {"native": "self", "teacher": "teacher", "expert": "expert"}
 
@@ -178,7 +178,7 @@ def _request(data: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{file} does not exist; data.source.path must be a .jsonl, .jsonl.gz or .parquet file")
     hashes = [sha256_file(Path(file).expanduser()) for file in files]
     request = {"source": source, "prompt": data["prompt"], "files": hashes, "version": __version__}
-    return json.loads(redacted(json.dumps(request, default=str)))
+    return redacted_values(request)
 
 
 def _reusable(paths: Mapping[str, Path], request: dict[str, Any]) -> dict[str, Any] | None:

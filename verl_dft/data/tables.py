@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from verl_dft.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_PART = 4096
+"""Rows of a parquet file that are read at a time."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -79,22 +81,61 @@ def write_parquet(table: pa.Table, file: IO[bytes]) -> None:
     pq.write_table(table, file, write_page_checksum=True)
 
 
+def write_in_parts(parts: Iterable[pa.Table], schema: pa.Schema, file: IO[bytes]) -> None:
+    """The same of a table that is made part by part, so that it is never whole in memory."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
+        for part in parts:
+            writer.write_table(part)
+
+
 def json_line(record: Mapping[str, Any]) -> str:
     """One line of a jsonl file, newline included."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _read_parquet(path: Path, compact: Collection[str]) -> list[dict[str, Any]]:
+def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some or all columns of a parquet file, its checksums verified.
+
+    Raises:
+        InputError: the file is missing, damaged, or lacks a column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        short = [name for name in compact if name in table.column_names and _is_compact(table[name])]
-        records = table.drop_columns(short).to_pylist() if short else table.to_pylist()
+        table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if missing := [name for name in columns or () if name not in table.column_names]:
+        raise InputError(f"{path} lacks the column(s) {', '.join(missing)}; make it again")
+    return table
+
+
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    why = " ".join(str(error).split())[:200]
+    return InputError(f"{path} cannot be read as parquet: {why}; make it again, or take a copy of it")
+
+
+def _read_parquet(path: Path, compact: Collection[str]) -> list[dict[str, Any]]:
+    """Part by part, since a table and its records together are twice what is needed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records: list[dict[str, Any]] = []
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=_PART):
+                records += _records(pa.Table.from_batches([batch]), compact)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: bad UTF-8, bad dates
-        why = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as parquet: {why}; make it again, or take a copy of it") from None
+        raise _unreadable(path, error) from None
+    return records
+
+
+def _records(table: pa.Table, compact: Collection[str]) -> list[dict[str, Any]]:
+    short = [name for name in compact if name in table.column_names and _is_compact(table[name])]
+    records = table.drop_columns(short).to_pylist() if short else table.to_pylist()
     for name in short:
         for record, values in zip(records, _arrays(table[name]), strict=True):
             record[name] = values

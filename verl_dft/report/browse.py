@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_dft.data.tables import columns_of, read_parquet
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write
 from verl_dft.report import html
@@ -71,17 +72,15 @@ def write_samples_page(folder: str | Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    import pyarrow.parquet as pq
-
     for name in ("result.json", "samples.parquet"):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} does not exist; give the folder of a finished evaluation")
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    names = pq.read_schema(folder / "samples.parquet").names
+    names = columns_of(folder / "samples.parquet")
     if missing := [name for name in _COLUMNS if name not in names]:
         raise InputError(f"{folder / 'samples.parquet'} lacks the columns {', '.join(missing)}; evaluate again")
     wanted = [*_COLUMNS, *(name for name in ("qwen", "problem") if name in names)]
-    rows = pq.read_table(folder / "samples.parquet", columns=wanted).to_pylist()
+    rows = read_parquet(folder / "samples.parquet", wanted).to_pylist()
     if len(rows) != result["num_samples"]:
         raise InputError(
             f"{folder / 'samples.parquet'} has {len(rows)} samples, result.json is of {result['num_samples']}; "

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from verl_dft.data.tables import read_parquet
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
 from verl_dft.report.parts import Folded, Heading, Part, Picture, Text, Verbatim
@@ -78,9 +79,7 @@ def samples(run: Run, num: int) -> list[Part]:
 
 
 def _chosen(path: Path, num: int) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    rows = [row for row in pq.read_table(path, columns=list(_COLUMNS)).to_pylist() if row["index"] == 0]
+    rows = [row for row in read_parquet(path, _COLUMNS).to_pylist() if row["index"] == 0]
     return rows[:: max(1, len(rows) // num)][:num]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
-from verl_dft.redact import redacted
+from verl_dft.redact import redacted_values
 
 STORE = "store"
 """The folder of the samples, within that of what they are for."""
@@ -17,7 +17,7 @@ VOLATILE = ("output_dir", "overwrite", "grading", "num_replicas", "dry_run")
 
 def identity(config: Mapping[str, Any], volatile: tuple[str, ...] = VOLATILE) -> dict[str, Any]:
     """What a result depends on, as JSON values, without secrets: it is written down."""
-    return json.loads(redacted(json.dumps({k: v for k, v in config.items() if k not in volatile}, default=str)))
+    return redacted_values({k: v for k, v in config.items() if k not in volatile})
 
 
 def check_folder(folder: Path, config: Mapping[str, Any], volatile: tuple[str, ...] = VOLATILE) -> None:

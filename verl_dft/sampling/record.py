@@ -13,6 +13,8 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import VERDICTS
 
+_PART = 4096
+"""Samples of a row group."""
 _NEEDED = ("problem_id", "index", "response", "finish_reason", "grade")
 
 
@@ -53,7 +55,7 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
     """Samples as parquet, atomically; ``logp`` is left out where no sample has it."""
     import pyarrow as pa
 
-    from verl_dft.data.tables import write_parquet
+    from verl_dft.data.tables import write_in_parts
     from verl_dft.files import atomic_write
 
     names = [field.name for field in fields(Sample)]
@@ -61,10 +63,14 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
         names.remove("logp")
     special = {"token_ids": pa.list_(pa.int64()), "logp": pa.list_(pa.float64())}
     special |= dict.fromkeys(("index", "seed", "num_tokens"), pa.int64())
-    columns = [pa.array([_storable(getattr(sample, name)) for sample in samples], special.get(name, pa.string()))
-               for name in names]  # fmt: skip
+    schema = pa.schema([(name, special.get(name, pa.string())) for name in names])
+
+    def part(start: int) -> pa.Table:
+        chosen = samples[start : start + _PART]
+        return pa.table([[_storable(getattr(one, name)) for one in chosen] for name in names], schema=schema)
+
     with atomic_write(path, "wb") as file:
-        write_parquet(pa.table(columns, names=names), file)
+        write_in_parts(map(part, range(0, len(samples), _PART)), schema, file)
 
 
 def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from verl_dft.config import command_line
 from verl_dft.data.pairs import Pairs, load_pairs
@@ -77,8 +77,10 @@ def prepare(argv: Sequence[str]) -> tuple[DictConfig, Pairs]:
 
 def _record(config: DictConfig, output: Path, keys: dict[str, Any], report: dict[str, int]) -> None:
     """The files of a run that has begun; the empty lock tells ``check_output`` that ``data`` is ours."""
+    from verl_dft.training.setup import as_recorded
+
     with atomic_write(output / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(config, resolve=True))
+        file.write(as_recorded(config))
     (output / "data").mkdir(exist_ok=True)
     (output / "data" / ".prepare.lock").touch()
     write_json(output / "data" / "rows.json", keys)

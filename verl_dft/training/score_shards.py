@@ -6,6 +6,8 @@ missing ones, and ends with the bytes it would have had.
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +23,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CHECKSUM = 4
+"""Bytes of a checksum."""
+
+
 def shards_of(rows: ScoreRows, shard_size: int) -> list[np.ndarray]:
     """Row numbers of each shard: longest rows first, so that a shard's are of like length and memory runs out early."""
     order = np.argsort(-rows.lengths, kind="stable")
     return [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
 
 
+def _checksum(array: bytes) -> bytes:
+    return zlib.crc32(array).to_bytes(_CHECKSUM, "little")
+
+
 class ShardStore:
-    """The stored values of one set of rows: a file per shard, whole or not there.
+    """The stored values of one set of rows: a file per shard (``.npy``, then its CRC-32), whole or not there.
 
     Args:
         folder: of the shards.
@@ -46,9 +56,13 @@ class ShardStore:
     def read(self, number: int) -> np.ndarray | None:
         """[k, tokens of the shard's rows, one after the other], or None where it is missing or damaged."""
         try:
-            values = np.load(self.path(number), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            written = self.path(number).read_bytes()
+        except OSError:
             return None
+        array, checksum = written[:-_CHECKSUM], written[-_CHECKSUM:]
+        if _checksum(array) != checksum:
+            return None
+        values = np.load(io.BytesIO(array))
         tokens = int(self.rows.responses[self.shards[number]].sum())
         return values if values.shape == (self.num_values, tokens) and values.dtype == np.float32 else None
 
@@ -61,7 +75,9 @@ class ShardStore:
         check_values(self.rows, dict(zip(self.shards[number].tolist(), values, strict=True)))
         failpoint("score.before_write")
         with writing(self.folder), atomic_write(self.path(number), "wb") as file:
-            np.save(file, np.concatenate(values, axis=1))
+            array = io.BytesIO()
+            np.save(array, np.concatenate(values, axis=1))
+            file.write(array.getvalue() + _checksum(array.getvalue()))
             failpoint("score.before_rename")
         failpoint("score.after_write")
 

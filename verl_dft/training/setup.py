@@ -20,6 +20,7 @@ from verl_dft.data.prepare import prepare_rows
 from verl_dft.data.selection import has_column, present_columns
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, is_leftover, write_json
+from verl_dft.redact import redacted_values
 from verl_dft.training.configure import ROW_FIELDS, compose_training, objective_of, remarks, world_size
 from verl_dft.training.evaluate_during import add_plan
 from verl_dft.training.packing import faster_packed
@@ -53,7 +54,7 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     with FileLock(output / ".setup.lock"):  # ranks started by hand prepare one after the other
         check_output(config, output)
         checkpoint = _check_resume(config)
-        as_given = OmegaConf.to_yaml(config, resolve=True)
+        as_given = as_recorded(config)
         add_plan(config)
         prepared = prepare_rows(config.data, output / "data")
         config.data.train_files = [str(path) for path in prepared.train]
@@ -77,6 +78,15 @@ def prepare_run(argv: Sequence[str]) -> DictConfig:
     return config
 
 
+def as_recorded(config: DictConfig) -> str:
+    """The text of ``config.yaml``: every value, without secrets."""
+    return OmegaConf.to_yaml(_recorded(config))
+
+
+def _recorded(config: DictConfig) -> DictConfig:
+    return OmegaConf.create(redacted_values(OmegaConf.to_container(config, resolve=True)))
+
+
 def check_output(config: DictConfig, output: Path, free: Sequence[str] = ()) -> None:
     """Raise :class:`InputError` if ``output`` holds something else than this run or the remains of a failed start.
 
@@ -85,7 +95,7 @@ def check_output(config: DictConfig, output: Path, free: Sequence[str] = ()) -> 
     """
     path = output / "config.yaml"
     if path.is_file() and _has_begun(output):
-        mine, theirs = _fingerprint(config, free), _fingerprint(OmegaConf.load(path), free)
+        mine, theirs = (_fingerprint(_recorded(c), free) for c in (config, OmegaConf.load(path)))
         differing = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
         if differing:
             shown = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} here" for key in differing[:5])

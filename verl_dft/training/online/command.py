@@ -19,7 +19,7 @@ from verl_dft.training.online.supervise import supervise
 from verl_dft.training.online.teachers import check_teachers
 from verl_dft.training.only_one import only_run
 from verl_dft.training.resume import resume_point
-from verl_dft.training.setup import check_output, tokenizer_of
+from verl_dft.training.setup import as_recorded, check_output, tokenizer_of
 
 _FREE_KEYS = ("limits", "poll_s", "verbose", "rollout_failure", "ray_kwargs", "reward.num_workers")
 """May differ between a run and its continuation, besides those of ``verl-dft train``."""
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 def prepare(config: DictConfig, output: Path) -> Path:
     """Claim the folder, make the prompts, choose the checkpoint. Returns the file with the driver's configuration."""
     check_output(config, output, _FREE_KEYS)
-    as_given = OmegaConf.to_yaml(config, resolve=True)
+    as_given = as_recorded(config)
     point = resume_point(
         config.trainer.default_local_dir,
         mode=config.trainer.resume_mode,
