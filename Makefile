@@ -26,10 +26,13 @@ demo: setup
 base: setup
 	$(BIN)/python scripts/make_base.py
 
-# Unit tests share the cores, integration tests have the machine to themselves; both run whatever the first said.
+# Tests share the cores, by file where they start trainings, but for those that must be alone; each part runs whatever
+# those before it said.
 PYTEST := $(BIN)/python -m pytest
-both = $(PYTEST) -m "$(1) and not integration"; first=$$?; $(PYTEST) -m "$(1) and integration" && exit $$first
-tests = $(if $(PYTEST_ARGS),$(PYTEST) -m "$(1)" $(PYTEST_ARGS),$(call both,$(1)))
+parts = $(PYTEST) -m "$(1) and not integration"; first=$$?; \
+	$(PYTEST) --dist=loadfile -m "$(1) and integration and not alone"; second=$$?; \
+	$(PYTEST) -m "$(1) and integration and alone" && exit $$((first ? first : second))
+tests = $(if $(PYTEST_ARGS),$(PYTEST) -m "$(1)" $(PYTEST_ARGS),$(call parts,$(1)))
 
 test: setup
 	@$(call tests,not slow)

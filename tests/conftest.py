@@ -39,9 +39,9 @@ GRACE_S = 15
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process for each core where `-m` leaves integration tests out; those count what is left on the machine."""
-    alone = "not integration" not in config.option.markexpr
-    return 0 if alone else min(len(os.sched_getaffinity(0)), 8)
+    """A process for each core where `-m` leaves out what must have the machine to itself."""
+    together = any(f"not {name}" in config.option.markexpr for name in ("integration", "alone"))
+    return min(len(os.sched_getaffinity(0)), 8) if together else 0
 
 
 class CliResult(NamedTuple):

@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, and recording where they came from."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -67,6 +68,11 @@ def writing(folder: str | Path) -> Iterator[None]:
         raise InputError(
             f"{folder} cannot be written to ({why}); what is stored is kept: make room and run the same command again"
         ) from None
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a write failed because the disk is full, also where a library says so in words only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _NO_ROOM.search(str(error)) is not None
 
 
 def missing_files(paths: Sequence[Path], patience_s: float) -> list[Path]:

@@ -15,9 +15,10 @@ VOLATILE = re.compile(
     r"written_at|at|key|seconds|command|reused|num_reused|num_generated|commit|train/total_tokens.*|.*tokens_per_second.*|"
     r".*(time|_s|_gb|mfu)(/.*)?|timing.*|perf.*"
 )
-# extra_state: of the generators too, which training leaves as it found them.
+# extra_state: of the generators too, which training leaves as it found them. training_args: a pickle with times in it.
 _NO_RESULT = re.compile(
-    r"(.*\.)?lock|.*\.corrupt|.*\.log|events\.out\..*|.*\.part|latest_checkpointed_iteration\.txt|extra_state_.*\.pt"
+    r"(.*\.)?lock|.*\.corrupt|.*\.log|events\.out\..*|.*\.part|latest_checkpointed_iteration\.txt|extra_state_.*\.pt|"
+    r"training_args\.bin"
 )
 _NO_FOLDERS = {"store", "logs", "cache", "tensorboard", "evaluation_log"}
 

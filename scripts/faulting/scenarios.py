@@ -7,6 +7,7 @@ from pathlib import Path
 
 from faulting import targets
 from faulting.world import start
+from verl_dft.data.tables import write_parquet
 from verl_dft.paths import recipes_dir
 
 CHEAP = ("failpoint", "enospc", "moment", "twice", "disk", "two_runs")
@@ -49,6 +50,14 @@ def _training(out: Path, given: Mapping[str, Path]) -> list[str]:
         "objective=dft", f"model={BASE}", f"data={given['rows']}", f"data.cache_dir={out.parent / 'cache'}",
         "data.max_length=256", "data.train_batch_size=8", "trainer.total_training_steps=6", "trainer.save_freq=2",
         "trainer.max_ckpt_to_keep=2", "trainer.logger=[]", "optim.lr=1e-3", f"output_dir={out}",
+    ]  # fmt: skip
+
+
+def _preference(out: Path, given: Mapping[str, Path]) -> list[str]:
+    return [
+        "objective=dpo", f"model={BASE}", f"data={given['pairs']}", "data.max_length=256", "data.train_batch_size=8",
+        "trainer.total_training_steps=4", "trainer.save_freq=2", "trainer.max_ckpt_to_keep=1", "trainer.logger=[]",
+        "optim.lr=1e-3", "hardware=cpu", f"output_dir={out}",
     ]  # fmt: skip
 
 
@@ -97,6 +106,8 @@ SCENARIOS = [
         "score", f"model={BASE}", f"data={given['rows']}", "shard_size=8", "data.max_length=256",
         f"data.cache_dir={out.parent / 'cache'}", f"output_dir={out}"], input="rows",
         kinds=(*CHEAP, "parquet"), weight=1.5, needs_verl=True),
+    Scenario("dpo", lambda out, given: ["train", *_preference(out, given)], input="pairs",
+             kinds=("failpoint", "enospc", "moment", "disk", "two_runs", "parquet"), weight=1, needs_verl=True),
     Scenario("train_launcher", lambda out, given: ["train", *_training(out, given), "trainer.n_gpus_per_node=2"],
              None, kinds=("moment", "child"), weight=0, limit_s=240,
              titles={"child": r"verl_dft\.training\.(launch|sft)"}),
@@ -113,7 +124,7 @@ SCENARIOS = [
 
 
 def prepare(folder: Path, url: str) -> dict[str, Path]:
-    """The shared inputs: problems whose golds need algebra, graded samples of them, training rows."""
+    """The shared inputs: problems whose golds need algebra, graded samples of them, training rows, pairs."""
     problems, made, sampled = folder / "problems.jsonl", folder / "rows", folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -128,4 +139,20 @@ def prepare(folder: Path, url: str) -> dict[str, Path]:
     sampling = start("faulting.targets:sample", [*_sampling(sampled, given), "n=4"], env, folder / "log", "p")
     for run in (making, sampling):
         assert run.wait(120) and run.code == 0, run.text[-3000:]
+    given["pairs"] = _pairs(given["rows"], folder / "pairs.parquet")
     return given
+
+
+def _pairs(rows: Path, path: Path) -> Path:
+    """Each row's response preferred to the same without its last words."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = []
+    for row in pq.read_table(rows, use_threads=False).to_pylist():  # a thread pool would not survive the next fork
+        *prompt, answer = row["messages"]
+        shorter = {"role": "assistant", "content": " ".join(answer["content"].split()[:-4])}
+        pairs.append({"prompt": prompt, "chosen": [answer], "rejected": [shorter], "problem_id": row["problem_id"]})
+    with open(path, "wb") as file:
+        write_parquet(pa.Table.from_pylist(pairs), file)
+    return path

@@ -8,7 +8,7 @@ import pytest
 
 from verl_dft.report.plots import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 STEPS = {"problems", "sft", "dft", "evaluate-base", "evaluate-sft", "evaluate-dft"}
 
 

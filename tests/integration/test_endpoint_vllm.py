@@ -22,7 +22,7 @@ from verl_dft.errors import InputError
 from verl_dft.sampling.endpoint import EndpointSource
 from verl_dft.sampling.engine import SampleRequest
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 
 _START_S = 240
 _MAX_TOKENS = 40

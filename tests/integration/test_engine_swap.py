@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import sharpened
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 _REQUESTS = """
 import json, random, sys

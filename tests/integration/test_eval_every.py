@@ -194,6 +194,7 @@ def test_a_failed_evaluation_stops_where_it_should(
     assert world != whole[0] or losses(out) == losses(whole[1])
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_real_command(
     ranks: ForkServer, train_argv: TrainArgv, tiny_base: Path, tmp_path: Path, run_cli: Callable
@@ -215,6 +216,7 @@ def test_the_real_command(
     assert (out / "eval" / "step_2" / "samples.html").is_file()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "ray"])
 @pytest.mark.nightly

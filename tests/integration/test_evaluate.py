@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 _SMALL = ["benchmark=arithmetic", "benchmark.generator.num_problems=4", "n=4", "max_tokens=16", "seed=3"]
 _SMALL += ["++shard_size=5"]  # shards that end inside a problem: 5, 5, 5 and 1

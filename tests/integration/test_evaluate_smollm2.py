@@ -15,7 +15,7 @@ from statistics import fmean
 import pyarrow.parquet as pq
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 BENCHMARKS = ("math500", "amc23")
 
 

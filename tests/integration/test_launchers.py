@@ -14,7 +14,7 @@ from conftest import STEADY, TrainArgv, assert_same_weights, losses
 
 from verl_dft.training.resume import completed_steps
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 KEYS = ("train/loss", "train/nll", "train/token_weight", "train/grad_norm", "train/num_tokens", "val/nll")
 
 

@@ -14,7 +14,7 @@ from online_turns import VARIABLE
 
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 MARK = "VERL_DFT_ONLINE_TEST"
 TURNS = [

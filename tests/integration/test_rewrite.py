@@ -21,7 +21,7 @@ import pytest
 from verl_dft.data.records import read_rows
 from verl_dft.sampling.record import read_samples
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 _TINY = ["data=arithmetic", "guided.prompt=arithmetic-guided", "self.max_tokens=110", "guided.max_tokens=110"]
 _TINY += ["engine.dtype=float32", "grading.num_workers=1"]

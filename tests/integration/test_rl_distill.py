@@ -10,7 +10,7 @@ import torch
 
 from verl_dft.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 TEACHER = "distillation.teacher_models.teacher_model.model_path"
 LOSS = "distillation.distillation_loss"
 

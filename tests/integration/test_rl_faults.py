@@ -18,7 +18,7 @@ from rl_process import DRIVER, ENGINE, LOOPS, WORKER, RlProcess, rewards
 
 from verl_dft.training.resume import completed_steps
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 TOTAL = 6
 STEPS = (f"trainer.total_training_steps={TOTAL}", "trainer.save_freq=2", "actor_rollout_ref.actor.optim.lr=1e-3")
 
@@ -135,7 +135,6 @@ def test_a_part_that_hangs(
 
 
 @pytest.mark.nightly
-@pytest.mark.nightly
 def test_nothing_is_left_of_a_run_whose_command_was_killed(start: Callable, tmp_path: Path) -> None:
     """Nor of one whose driver was, whose folder is free at once."""
     run = start(tmp_path / "run")
@@ -147,6 +146,7 @@ def test_nothing_is_left_of_a_run_whose_command_was_killed(start: Callable, tmp_
     assert code == 1 and line.startswith("error: the run's driver was ended by signal 9 (SIGKILL) before the end"), line
 
 
+@pytest.mark.nightly
 def test_a_cluster_that_is_too_small_is_refused(start: Callable, tmp_path: Path) -> None:
     few = ("trainer.n_gpus_per_node=2", "+ray_kwargs.ray_init.num_gpus=1")
     code, line = start(tmp_path / "run", *few).end(120)

@@ -12,7 +12,7 @@ from verl_dft.platform.shared_memory import shared_memory_files
 from verl_dft.training.metrics import read_metrics
 from verl_dft.training.resume import completed_steps
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def check_run(out: Path, steps: list[dict], num_steps: int) -> None:
     assert completed_steps(out / "checkpoints") == [num_steps]
 
 
+@pytest.mark.nightly
 def test_grpo_two_steps_from_problems_to_a_model(rl: Callable, tiny_base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +59,6 @@ def test_grpo_two_steps_from_problems_to_a_model(rl: Callable, tiny_base: Path) 
     assert json.loads((out / "model" / "trained_with.json").read_text())["turns"] == {"user": 768}
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_ppo_trains_its_critic(rl: Callable) -> None:
     out, steps = rl("algorithm=ppo", "trainer.total_training_steps=5", "critic.optim.lr=1e-3", timeout=600)

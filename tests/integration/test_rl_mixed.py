@@ -13,7 +13,7 @@ from rl_capture import VARIABLE
 from verl_dft.origins import ORIGINS
 from verl_dft.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 BATCH, GROUP = 8, ["expert", *["self"] * 7]
 ACTOR = "actor_rollout_ref.actor"
 Captured = tuple[list[dict[str, Any]], list[dict[str, Any]]]

@@ -18,7 +18,7 @@ from verl_dft.origins import ORIGINS
 from verl_dft.training.metrics import read_metrics
 from verl_dft.training.online.rewrite_loop import STAGES
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly]
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow, pytest.mark.nightly]
 STEPS, BATCH = 3, 16
 LOSS = "actor_rollout_ref.actor.policy_loss"
 Captured = tuple[list[dict[str, Any]], list[dict[str, Any]]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 # argv: model, store, replicas (0: in process), what happens: nothing, kill (a replica at work) or wait (for a signal)
 _SCRIPT = """

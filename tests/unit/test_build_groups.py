@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from endpoint_helpers import Server, asked, completion, error, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_helpers import watch_samples
 from store_helpers import PLACES, killed
 
 from verl_dft.build.group_plan import (
@@ -26,7 +29,8 @@ from verl_dft.build.group_plan import (
 )
 from verl_dft.build.groups import Groups, advantages, build_groups
 from verl_dft.build.groups_command import Sources, expand_composition, main, plan, run
-from verl_dft.data.records import Problem, read_rows, write_problems
+from verl_dft.data import tables
+from verl_dft.data.records import Problem, read_problems, read_rows, write_problems
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
 from verl_dft.grading.pool import VERDICTS
@@ -160,13 +164,14 @@ def build(groups: list[str], composition: str = "1:2:3", **options: Any) -> Grou
 
 def test_rows_come_group_by_group_with_rewards_and_advantages() -> None:
     found = build(["c|cw|wwc", "w|cc|ccc"], std="population", epsilon=0.0)
-    assert [row.group_id for row in found.rows] == ["p0"] * 6 + ["p1"] * 6
-    assert [row.origin for row in found.rows[:6]] == ["expert", "teacher", "teacher", "self", "self", "self"]
-    assert [row.reward for row in found.rows] == [1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1]
-    values = [row.advantage for row in found.rows]
+    rows = list(found.rows)
+    assert [row.group_id for row in rows] == ["p0"] * 6 + ["p1"] * 6
+    assert [row.origin for row in rows[:6]] == ["expert", "teacher", "teacher", "self", "self", "self"]
+    assert [row.reward for row in rows] == [1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1]
+    values = [row.advantage for row in rows]
     np.testing.assert_allclose(values[:6], [1, 1, -1, -1, -1, 1])
     np.testing.assert_allclose(values[6:], [-math.sqrt(5), *[math.sqrt(1 / 5)] * 5])
-    own, expert = found.rows[3], found.rows[0]
+    own, expert = rows[3], rows[0]
     assert own.messages == [{"role": "user", "content": "problem 0?"}, {"role": "assistant", "content": "self 0"}]
     assert (own.response_ids, own.behavior_logp, own.finish_reason) == ([0, 1], [-0.1, -0.2], "stop")
     assert expert.response_ids is None and expert.behavior_logp is None
@@ -220,7 +225,7 @@ def test_groups_equal_a_direct_computation_and_counts_add_up(
 
 def test_equal_rewards_give_no_advantage_and_are_counted() -> None:
     found = build(["c|cc|ccc", "w|wn|wnt", "c|ww|www"])
-    assert [row.advantage for row in found.rows[:12]] == [0.0] * 12
+    assert [row.advantage for row in list(found.rows)[:12]] == [0.0] * 12
     counts = found.statistics
     assert (counts["groups_all_correct"], counts["groups_none_correct"], counts["groups"]) == (1, 1, 3)
     assert counts["rows_with_gradient"] == 6
@@ -231,14 +236,14 @@ def test_equal_rewards_give_no_advantage_and_are_counted() -> None:
 
 def test_keeping_the_expert_and_dropping_equal_groups() -> None:
     kept = build(["c|cc|ccc", "w|ww|www", "c|ww|www"], keep_expert=True)
-    assert [row.advantage for row in kept.rows[:12]] == [1.0, 0, 0, 0, 0, 0] * 2
+    assert [row.advantage for row in list(kept.rows)[:12]] == [1.0, 0, 0, 0, 0, 0] * 2
     assert kept.statistics["rows_with_gradient"] == 8
     dropped = build(["c|cc|ccc", "w|ww|www", "c|ww|www"], drop_equal=True)
     assert {row.group_id for row in dropped.rows} == {"p2"} and dropped.statistics["groups_dropped_equal"] == 2
     both = build(["c|cc|ccc", "c|ww|www"], drop_equal=True, keep_expert=True)
     assert both.statistics["groups"] == 2, "a group in which the expert keeps its advantage is not without one"
     without = build(["|cc|ccc", "|cw|ccc"], "0:2:3", keep_expert=True)
-    assert [row.advantage for row in without.rows[:5]] == [0.0] * 5
+    assert [row.advantage for row in list(without.rows)[:5]] == [0.0] * 5
     with pytest.raises(InputError, match="in all 1 groups the rewards are equal"):
         build(["c|cc|ccc"], drop_equal=True)
 
@@ -248,7 +253,7 @@ def test_own_responses_stand_in_for_missing_teacher_texts() -> None:
     assert {key: one["groups"] for key, one in found.statistics["by_composition"].items()} == {
         "1:1:4": 1, "1:2:3": 1, "1:0:5": 1,
     }  # fmt: skip
-    assert found.statistics["groups_filled_with_self"] == 2 and len(found.rows) == 18
+    assert found.statistics["groups_filled_with_self"] == 2 and len(list(found.rows)) == 18
 
 
 def test_what_is_missing_is_named_or_left_out() -> None:
@@ -267,7 +272,7 @@ def test_what_is_missing_is_named_or_left_out() -> None:
     assert found.statistics["problems_left_out"] == {
         "no expert solution": 1, "too few teacher texts": 1, "too few own responses": 1,
     }  # fmt: skip
-    assert len(found.rows) == 6
+    assert len(list(found.rows)) == 6
     with pytest.raises(InputError, match="no group can be made of 1 problems: 1 x too few own responses"):
         build(["c|cw|w"], missing="skip")
 
@@ -278,7 +283,7 @@ def test_problems_whose_gold_is_of_no_use_are_left_out_and_counted() -> None:
     candidates["p2"] = replace(candidates["p2"], unusable="gold cannot be parsed")
     found = build_groups(problems, candidates, parse_composition("1:2:3"), GroupOptions())
     assert found.statistics["problems_left_out"] == {"gold is empty": 1, "gold cannot be parsed": 1}
-    assert len(found.rows) == 6
+    assert len(list(found.rows)) == 6
 
 
 def test_responses_without_text_or_verdict() -> None:
@@ -411,6 +416,35 @@ def test_samples_of_a_file_give_the_groups_of_the_same_samples_made_here(tmp_pat
     assert (tmp_path / "given" / "rows.parquet").read_bytes() == here
     manifest = json.loads((tmp_path / "given" / "rows.parquet.manifest.json").read_text())
     assert manifest["inputs"]["samples"]["sha256"] == sha256_file(tmp_path / "out" / "self" / "samples.parquet")
+
+
+def test_part_by_part_the_same_groups_whatever_the_order_of_the_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_problems(tmp_path, number=120)
+    problems = read_problems(tmp_path / "problems.jsonl")
+    samples = [
+        Sample(p.id, i, [RIGHT, WRONG, NONE][(i + n) % 3], "stop", ["correct", "wrong", "no_answer"][(i + n) % 3],
+               problem=p.problem, token_ids=[i, n], num_tokens=2, logp=[-1.0, -n], prompt_name="raw")
+        for n, p in enumerate(problems) for i in (2, 0, 1)
+    ]  # fmt: skip
+    random.Random(0).shuffle(problems)
+    write_problems(tmp_path / "problems.jsonl", problems)
+    written = {}
+    for part in (4096, 8):
+        monkeypatch.setattr(tables, "PART", part)
+        write_samples(tmp_path / "s.parquet", samples)
+        alive = watch_samples(monkeypatch)
+        folder = tmp_path / f"out{part}"
+        run(config(tmp_path, f"samples={tmp_path / 's.parquet'}", "composition=1:0:2", f"output_dir={folder}"))
+        written[part] = pq.read_table(folder / "rows.parquet"), (folder / "statistics.json").read_bytes()
+        assert len(alive) == 360 + 360 + 240 and max(alive) < 20
+    assert written[8][0].equals(written[4096][0]) and written[8][1] == written[4096][1]
+    assert pq.ParquetFile(tmp_path / "out8" / "rows.parquet").num_row_groups == 45
+    rows = written[8][0].to_pylist()
+    assert [row["problem_id"] for row in rows] == [problem.id for problem in problems for _ in range(3)]
+    number = int(rows[1]["problem_id"][1:])
+    assert [row["response_ids"] for row in rows[:3]] == [None, [0, number], [1, number]]
 
 
 def test_a_teacher_is_sampled_into_a_store_of_its_own_with_other_seeds(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_helpers import watch_samples
 
-from verl_dft.build.reject import RejectOptions, balanced_pairs, by_problem, preference_pairs, rft_rows, statistics
+from verl_dft.build import reject as building
+from verl_dft.build.reject import Pair, RejectOptions, balanced_pairs, by_problem, sort_out
 from verl_dft.build.reject_command import main, pair_schema
-from verl_dft.data.records import read_rows
+from verl_dft.build.reject_statistics import Tally, statistics
+from verl_dft.data import tables
+from verl_dft.data.records import Row, read_rows
 from verl_dft.errors import InputError
 from verl_dft.files import sha256_file
 from verl_dft.grading.pool import VERDICTS
@@ -36,6 +41,29 @@ def samples_of(*problems: str) -> dict[str, list[Sample]]:
     return by_problem(
         [sample(p, i, names[letter]) for p, letters in enumerate(problems) for i, letter in enumerate(letters)]
     )
+
+
+def rft_rows(problems: Mapping[str, list[Sample]], options: RejectOptions) -> list[Row]:
+    """Of all problems."""
+    return [row for key, group in problems.items() for row in building.rft_rows(key, sort_out(group, options), options)]
+
+
+def preference_pairs(problems: Mapping[str, list[Sample]], options: RejectOptions) -> list[Pair]:
+    """Of all problems."""
+    return [
+        pair
+        for key, group in problems.items()
+        for pair in building.preference_pairs(key, sort_out(group, options), options)
+    ]
+
+
+def counted(problems: Mapping[str, list[Sample]], options: RejectOptions) -> dict[str, Any]:
+    """The statistics of all problems."""
+    tally = Tally(options)
+    for key, group in problems.items():
+        alone = {key: group}
+        tally.add(group, sort_out(group, options), rft_rows(alone, options), preference_pairs(alone, options))
+    return statistics(tally)
 
 
 # ---- rows ----
@@ -85,7 +113,7 @@ def test_equal_texts_and_cut_off_responses_are_left_out_unless_asked_for() -> No
     assert texts() == ["same", "other", "same"], "equal texts of different problems are different rows"
     assert texts(dedup=False) == ["same", "same", "other", "same"]
     assert texts(keep_truncated=True) == ["same", "other", "endless", "same"]
-    counts = statistics(problems, rft_rows(problems, RejectOptions()), [], RejectOptions())
+    counts = counted(problems, RejectOptions())
     assert (counts["correct"], counts["correct_truncated"], counts["correct_duplicates"]) == (5, 1, 1)
 
 
@@ -175,7 +203,7 @@ def test_counts_add_up(words: list[str], most: int | None, dedup: bool, keep_tru
         for key, group in samples_of(*words).items()
     }  # fmt: skip
     rows, pairs = rft_rows(problems, options), preference_pairs(problems, options)
-    found = statistics(problems, rows, pairs, options)
+    found = counted(problems, options)
     left_out = found["correct_truncated"] + found["correct_duplicates"] + found["correct_over_max"]
     assert found["correct"] == found["verdicts"]["correct"] == found["rows"] + left_out
     assert sum(found["verdicts"].values()) == found["samples"] == sum(map(len, words))
@@ -188,7 +216,7 @@ def test_counts_add_up(words: list[str], most: int | None, dedup: bool, keep_tru
 
 def test_solve_rates_by_count_where_problems_have_as_many_samples_and_by_tenths_where_not() -> None:
     def rates(*words: str) -> dict[str, int]:
-        return statistics(samples_of(*words), [], [], RejectOptions())["solve_rates"]
+        return counted(samples_of(*words), RejectOptions())["solve_rates"]
 
     assert rates("cw", "ww", "cc", "wc") == {"0/2": 1, "1/2": 2, "2/2": 1}
     found = rates("cw", "w", "ccc", "c" * 9 + "w", "cwwwwwwwww")
@@ -284,6 +312,33 @@ def test_another_configuration_is_refused_and_leaves_nothing_of_the_old_one_when
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "config.json", "rft.parquet", "rft.parquet.manifest.json", "statistics.json", "statistics.md",
     ]  # fmt: skip
+
+
+def test_part_by_part_the_same_rows_pairs_and_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = [one for group in samples_of(*["cwwc", "ncww", "cccc", "wwtw"] * 30).values() for one in group]
+    path = folder / "samples" / "samples.parquet"
+    write_samples(path, group)
+    whole = reject(folder, "pairs_per_problem=null")
+    monkeypatch.setattr(tables, "PART", 8)
+    write_samples(path, group)
+    alive = watch_samples(monkeypatch)
+    assert reject(folder, "pairs_per_problem=null", out="parts") == whole
+    for name in ("rft.parquet", "pairs.parquet"):
+        assert pq.ParquetFile(folder / "parts" / name).num_row_groups > 10
+        assert pq.read_table(folder / "parts" / name).equals(pq.read_table(folder / "out" / name)), name
+    assert len(alive) == 2 * 480, "once to check them, once to make rows and pairs"
+    assert max(alive) < 60, "samples of all problems are kept"
+
+
+def test_an_error_in_the_last_problem_leaves_the_old_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reject(folder)
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    monkeypatch.setattr(tables, "PART", 2)
+    group = [one for group in samples_of("cwwc", "cccc", "ccww").values() for one in group]
+    write_samples(folder / "samples" / "samples.parquet", [*group, replace(sample(9, 0, "correct"), problem="")])
+    with pytest.raises(InputError, match="sample 0 of problem p9 has no problem text"):
+        reject(folder)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
 
 
 def test_a_dry_run_counts_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from data_helpers import chat, family
 
 from verl_dft.data import dataset as module
+from verl_dft.data import tables
 from verl_dft.data.dataset import load_dataset
 from verl_dft.data.records import Row, write_rows
 from verl_dft.data.selection import has_column, present_columns
@@ -248,7 +249,7 @@ def test_max_rows_and_several_files_keep_the_order(tmp_path: Path, tokenizer: An
 
 def test_second_load_reads_the_cache(load: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load([text_row()])
-    monkeypatch.setattr(module, "encode_rows", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(module, "encode_parts", lambda *a: pytest.fail("tokenised again"))
     again = load([text_row()])
     assert again.folder == first.folder and again.report == first.report
     tokenizer(["a call that changes", "the tokenizer's truncation state"], truncation=True, max_length=2, padding=True)
@@ -291,6 +292,46 @@ def test_two_processes_build_one_cache(tmp_path: Path) -> None:
     # the same inode: the second waited and read, it did not build again
     assert results[0] == results[1]
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == [Path(results[0][0]).name]
+
+
+def test_part_by_part_the_same_arrays(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl_dft.data import arrays, encode
+
+    rows = [text_row(answer=f"x = {i}." * (1 + 9 * (i % 5 == 4)), group_id=f"g{i // 4}") for i in range(21)]
+    rows += [sampled_row([20 + i] * (i + 1), behavior_logp=[-1.0 - i] * (i + 1)) for i in range(9)]
+    write_rows(tmp_path / "rows.parquet", rows)
+    kept: list[int] = []
+    append = arrays.GrowingArray.append
+    monkeypatch.setattr(arrays.GrowingArray, "append", lambda self, v: (kept.append(len(v)), append(self, v))[1])
+    loaded = []
+    for size in (2000, 4):
+        monkeypatch.setattr(encode, "CHUNK_ROWS", size)
+        monkeypatch.setattr(tables, "PART", size)
+        loaded.append(
+            load_dataset(
+                tmp_path / "rows.parquet", tokenizer, max_length=40, columns=["behavior_logp", "origin"],
+                cache_dir=tmp_path / f"cache{size}",
+            )
+        )  # fmt: skip
+    whole, parts = loaded
+    assert whole.report == parts.report and whole.report["rows_dropped_overlong"] == 4
+    assert whole.report["rows_without_behavior_logp"] == 17 and whole.report["rows_read"] == 30
+    for name in ("tokens", "offsets", "prompt_lens", "groups", "behavior_logp", "origin"):
+        file = f"{name}.npy"
+        assert (parts.folder / file).read_bytes() == (whole.folder / file).read_bytes(), name
+    assert max(kept[len(kept) // 2 + 1 :]) < len(whole._tokens) / 3, "more than a part was written at once"
+
+
+@pytest.mark.parametrize("parts", [[], [3], [0, 5], [1, 2, 3, 100_000]])
+def test_an_array_that_grew_is_the_file_of_the_whole_one(tmp_path: Path, parts: list[int]) -> None:
+    from verl_dft.data.arrays import GrowingArray
+
+    values = [np.arange(number, dtype=np.int32) for number in parts]
+    with GrowingArray(tmp_path / "grown.npy", np.int32) as grown:
+        for value in values:
+            grown.append(value)
+    np.save(tmp_path / "whole.npy", np.concatenate([np.zeros(0, np.int32), *values]))
+    assert (tmp_path / "grown.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_tokenising_in_processes_gives_the_same_arrays(

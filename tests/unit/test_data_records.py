@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import tempfile
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import chat
 
+from verl_dft.data import spool, tables
 from verl_dft.data.records import Problem, Row, read_problems, read_rows, write_problems, write_rows
 from verl_dft.data.tables import read_parquet, write_parquet
 from verl_dft.errors import InputError
@@ -120,6 +125,116 @@ def test_writing_refuses_what_reading_would(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="row 0: column 'messages' has an empty response"):
         write_rows(tmp_path / "rows.parquet", [Row(chat("q", " "), "p", "expert")])
     assert not list(tmp_path.iterdir())
+
+
+# ---- part by part ----
+
+
+@pytest.fixture
+def parts_of_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PART", 3)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6, 7])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+def test_a_file_in_parts_is_the_whole_file(tmp_path: Path, parts_of_3: None, name: str, number: int) -> None:
+    records = [{"messages": chat("q", f"a{i}"), "response_ids": [i, 1]} for i in range(number)]
+    if name == "rows.parquet":
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / name)
+    elif name == "rows.json":
+        (tmp_path / name).write_text(json.dumps(records))
+    else:
+        write_jsonl(tmp_path / name, records)
+    assert tables.read_records(tmp_path / name) == records
+    sizes = [len(part) for part in tables.read_parts(tmp_path / name)]
+    assert sizes == ([number] if name == "rows.json" else [3] * (number // 3) + [number % 3] * (number % 3 > 0))
+    table = read_rows(tmp_path / name).to_pylist()
+    assert [row["messages"] for row in table] == [record["messages"] for record in records]
+    assert [row["problem_id"] for row in table] == [f"rows/{i}" for i in range(number)]
+    assert [row["response_ids"] for row in table] == [[i, 1] for i in range(number)]
+
+
+def test_the_first_part_is_read_before_the_last(tmp_path: Path, parts_of_3: None) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD] * 4)
+    path.write_text(path.read_text() + "{\n")
+    parts = tables.read_parts(path)
+    assert len(next(parts)) == 3 and tables.columns_of(path) == set(GOOD)
+    with pytest.raises(InputError, match="line 5 is not JSON"):
+        next(parts)
+    with pytest.raises(InputError, match="line 5 is not JSON"):
+        tables.read_records(path)
+
+
+@pytest.mark.parametrize("at", [3, 5, 6])
+@pytest.mark.parametrize("case", [*BAD_ROWS, "another type"])
+def test_a_bad_row_of_a_later_part_has_its_row_in_the_file(
+    tmp_path: Path, parts_of_3: None, case: str, at: int
+) -> None:
+    record, message = BAD_ROWS.get(case, ({**GOOD, "group_id": [7]}, "row 1: column 'group_id' must be string"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [*[GOOD] * at, record, GOOD])
+    with pytest.raises(InputError, match=message.replace("row 1", f"row {at}")) as error:
+        read_rows(path)
+    assert f"row {at}" in str(error.value)
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, parts_of_3: None) -> None:
+    alive: list[weakref.ref[Row]] = []
+
+    def rows() -> Iterator[Row]:
+        for i in range(20):
+            row = Row(chat("q", f"a{i}"), f"p{i}", "expert", advantage=1.0 if i == 19 else None)
+            alive.append(weakref.ref(row))
+            assert sum(one() is not None for one in alive) <= 5
+            yield row
+
+    write_rows(tmp_path / "rows.parquet", rows())
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.parquet", "rows.parquet.manifest.json"}
+    file = pq.ParquetFile(tmp_path / "rows.parquet")
+    assert file.num_row_groups == 7
+    assert file.schema_arrow.names == ["messages", "problem_id", "origin", "advantage"]
+    table = read_rows(tmp_path / "rows.parquet")
+    assert table["problem_id"].to_pylist() == [f"p{i}" for i in range(20)]
+    assert table["advantage"].to_pylist() == [None] * 19 + [1.0]
+    assert json.loads((tmp_path / "rows.parquet.manifest.json").read_text())["num_rows"] == 20
+
+
+def test_a_bad_row_after_good_parts_leaves_the_old_file(tmp_path: Path, parts_of_3: None) -> None:
+    write_rows(tmp_path / "rows.parquet", [Row(chat("q", "old"), "p", "expert")])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    rows = [Row(chat("q", "a" if i < 7 else ""), "p", "expert") for i in range(9)]
+    with pytest.raises(InputError, match="row 7: column 'messages' has an empty response"):
+        write_rows(tmp_path / "rows.parquet", rows)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_the_old_file(
+    tmp_path: Path, parts_of_3: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.parquet", [Row(chat("q", "old"), "p", "expert")])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    opened = tempfile.TemporaryFile
+
+    def full(**options: Any) -> Any:
+        class Full:
+            def __init__(self) -> None:
+                self.file, self.closed, self.room = opened(**options), False, 2000
+
+            def write(self, data: Any) -> int:
+                self.room -= memoryview(data).nbytes
+                if self.room < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return self.file.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.file, name)
+
+        return Full()
+
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_rows(tmp_path / "rows.parquet", [Row(chat("q", "a"), "p", "expert")] * 90)
+    assert raised.value.errno == errno.ENOSPC, "what the command line tells in one line"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

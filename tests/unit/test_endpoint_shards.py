@@ -16,8 +16,9 @@ from verl_dft.errors import InputError
 from verl_dft.sampling.ask import Ask, Sampling
 from verl_dft.sampling.engine import GeneratedText
 from verl_dft.sampling.sampler import Sampler
+from verl_dft.sampling.shard_file import StoredSample, read_shard
 from verl_dft.sampling.shards import Wanted, sample_all
-from verl_dft.sampling.store import SampleStore, StoredSample, read_shard, sample_key
+from verl_dft.sampling.store import SampleStore, sample_key
 
 
 @pytest.fixture(name="server")
@@ -124,14 +125,14 @@ def test_a_sampler_of_a_served_model(server: Server, tmp_path: Path) -> None:
     server.bodies.clear()
     server.script = wanted
     with Sampler(tmp_path, "teacher", config, source(server)) as sampler:
-        samples = sampler.sample(asks(2))
+        samples = list(sampler.sample(asks(2)))
     assert (sampler.num_reused, sampler.num_generated, len(server.bodies)) == (7, 3, 3)
     assert [s.grade for s in samples] == ["correct"] * 8 + ["wrong"] * 2
     assert {s.num_tokens for s in samples} == {9} and not any(s.token_ids for s in samples)
     assert {s.model for s in samples} == {"teacher"} and sampler.facts == [source(server).facts()]
     assert all(0 <= body["seed"] < 2**31 for body in server.bodies)
     with Sampler(tmp_path, "teacher", config, source(server)) as sampler:
-        more = sampler.sample(asks(3))
+        more = list(sampler.sample(asks(3)))
     assert [s for s in more if s.index < 2] == samples
     assert (sampler.num_reused, sampler.num_generated, len(server.bodies)) == (10, 5, 8)
     assert len({body["seed"] for body in server.bodies}) == 8

@@ -25,7 +25,8 @@ from verl_dft.files import atomic_dir, atomic_write, write_json
 from verl_dft.files import writing as full_disk
 from verl_dft.grading.process import Worker
 from verl_dft.sampling.engine import GeneratedText
-from verl_dft.sampling.store import SampleStore, StoredSample
+from verl_dft.sampling.shard_file import StoredSample
+from verl_dft.sampling.store import SampleStore
 from verl_dft.training.resume import Checkpoint, damaged_file, resume_point
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))

@@ -187,9 +187,9 @@ def test_cases_of_the_script(first: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_script_finds_a_loader_that_changes_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl_dft.data import records
+    from verl_dft.data import row_checks
 
-    monkeypatch.setattr(records, "_check_ids", lambda where, ids: None)
+    monkeypatch.setattr(row_checks, "_check_ids", lambda where, ids: None)
     line = fuzz.batch(fuzz.Loader(tmp_path), "loader", 0, 0, 150)
     assert line["findings"] and "found" in line["outcomes"]
 

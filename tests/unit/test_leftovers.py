@@ -113,6 +113,7 @@ def test_of_a_cheap_command(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", COSTLY)

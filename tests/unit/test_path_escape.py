@@ -11,7 +11,8 @@ from verl_dft.evaluation.command import expand_benchmarks
 from verl_dft.evaluation.run import default_output_dir
 from verl_dft.files import atomic_dir, atomic_write
 from verl_dft.sampling.engine import SampleRequest
-from verl_dft.sampling.store import sample_key, shard_id
+from verl_dft.sampling.shard_file import shard_id
+from verl_dft.sampling.store import sample_key
 
 NAMES = ["../../x", "/etc/x", "..", "a/../../b", "~/x", "x\x00y", "\n"]
 

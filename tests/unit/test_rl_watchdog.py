@@ -1,6 +1,8 @@
 """What ends an online run that hangs or has lost a process, and the one line that it leaves."""
 
+import errno
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -119,6 +121,13 @@ def test_errors_through_ray_are_one_line(times: int) -> None:
     )
     told = failure(remote(RolloutFailed("2 of 4 lack"), times), None, "in step 3", "run it again")
     assert str(told) == "2 of 4 lack; run it again, or set rollout_failure=skip" and told.shown
+    for full in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc]"),
+    ):
+        told = failure(remote(full, times), None, "in step 3 while saving", "run it again")
+        wanted = r"the disk was full in step 3 while saving \(.+\); make room, then run it again"
+        assert re.fullmatch(wanted, str(told)) and told.shown
 
 
 def test_what_has_died_is_the_reason_whatever_came_of_it() -> None:

@@ -38,8 +38,8 @@ def test_samples_come_back_in_order_graded_and_once(tmp_path: Path) -> None:
     asks = [_ask(str(number), index) for number in range(4) for index in range(3)]
     source = ScriptedSource(TEXTS)
     with Sampler(tmp_path, BASE, {"shard_size": 5}, source) as sampler:
-        samples = sampler.sample(asks)
-        again = sampler.sample(asks)
+        samples = list(sampler.sample(asks))
+        again = list(sampler.sample(asks))
     assert [(s.problem_id, s.index) for s in samples] == [(a.problem_id, a.index) for a in asks]
     assert again == samples and source.calls == [5, 5, 2]
     assert (sampler.num_generated, sampler.num_reused) == (12, 12)
@@ -59,15 +59,15 @@ def test_streams_have_luck_of_their_own(tmp_path: Path) -> None:
 def test_what_is_stored_needs_no_engine_and_missing_samples_can_be_refused(tmp_path: Path) -> None:
     asks = [_ask(str(number)) for number in range(4)]
     with Sampler(tmp_path, BASE, {}, ScriptedSource(TEXTS)) as sampler:
-        samples = sampler.sample(asks)
+        samples = list(sampler.sample(asks))
 
     def never(max_model_len: int) -> None:
         raise AssertionError("nothing is missing")
 
     with Sampler(tmp_path, BASE, {}, never) as sampler:
-        assert sampler.sample(asks) == samples
+        assert list(sampler.sample(asks)) == samples
     with Sampler(tmp_path, BASE, {}, may_generate=False) as sampler:
-        assert sampler.sample(asks) == samples
+        assert list(sampler.sample(asks)) == samples
         with pytest.raises(InputError, match="1 of 1 samples are not in"):
             sampler.sample([_ask("9")])
     with (

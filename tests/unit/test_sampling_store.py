@@ -3,19 +3,23 @@
 import os
 import shutil
 import signal
+import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from store_helpers import PLACES, killed
 
 from verl_dft.errors import InputError
+from verl_dft.sampling import store as store_module
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
 from verl_dft.sampling.fingerprint import model_fingerprint
 from verl_dft.sampling.seeds import sample_seed
+from verl_dft.sampling.shard_file import StoredSample, read_shard, shard_id
 from verl_dft.sampling.shards import Sampled, Wanted, sample_all
 from verl_dft.sampling.source import ScriptedSource
-from verl_dft.sampling.store import SampleStore, StoredSample, read_shard, sample_key, shard_id
+from verl_dft.sampling.store import SampleStore, sample_key
 
 _TEXTS = [f"the answer is {number}" for number in range(40)] + ["\\boxed{7}", "é \ud800 \x00 \r\n \u2028 end", ""]
 _SIZE, _SHARDS = 3, 4  # 11 samples: three full shards and one of two
@@ -37,7 +41,8 @@ class _Source(ScriptedSource):
 def _run(folder: Path, wanted: list[Wanted], source: ScriptedSource | None = None, **options: bool) -> Sampled:
     source = source or _Source(_TEXTS)
     with SampleStore(folder) as store:
-        return sample_all(store, wanted, lambda: nullcontext(source), shard_size=_SIZE, **options)
+        sampled = sample_all(store, wanted, lambda: nullcontext(source), shard_size=_SIZE, **options)
+        return replace(sampled, samples=list(sampled.samples))  # read now: files are damaged and removed later
 
 
 def _sample_lines(folder: Path) -> dict[str, list[bytes]]:
@@ -78,8 +83,9 @@ def test_reading_again_gives_every_sample_in_order_and_generates_nothing(tmp_pat
     first = _run(tmp_path, wanted)
     with SampleStore(tmp_path) as store:
         again = sample_all(store, wanted, None, shard_size=_SIZE)
+        assert again.samples[2:5] == first.samples[2:5] and again.samples[-1] == first.samples[-1]
         assert len(store) == 11 and not store.recovery.unfinished_shards and not store.recovery.corrupt
-    assert again.samples == first.samples and again.num_reused == 11
+    assert list(again.samples) == first.samples and again.num_reused == 11
     assert [s.key for s in again.samples] == [w.key for w in wanted]
     assert [s.seed for s in again.samples] == [w.request.seed for w in wanted]
     expected = _Source(_TEXTS).generate([w.request for w in wanted])
@@ -88,7 +94,41 @@ def test_reading_again_gives_every_sample_in_order_and_generates_nothing(tmp_pat
     with SampleStore(tmp_path) as store:
         store.append([odd], {}, 0.0)
     with SampleStore(tmp_path) as store:
-        assert store.find("k") == odd
+        assert store.sample(store.place("k")) == odd and store.place("j") is None
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_samples_are_read_shard_by_shard_and_few_are_kept(
+    tmp_path: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, read = _wanted(120), []
+    monkeypatch.setattr("verl_dft.sampling.shards._SHARDS_AT_ONCE", 1)
+    first = _run(tmp_path, wanted, deterministic=deterministic)
+    with SampleStore(tmp_path) as store:
+        again = sample_all(store, wanted, None, shard_size=_SIZE, deterministic=deterministic)
+        monkeypatch.setattr(store_module, "read_shard", lambda path: read.append(path.stem) or read_shard(path))
+        alive = []
+        for sample, same in zip(again.samples, first.samples, strict=True):
+            assert sample == same
+            alive.append(weakref.ref(sample))
+        del sample
+        assert len(read) == len(set(read)) == 40
+        assert sum(ref() is not None for ref in alive) <= 8 * _SIZE
+        assert again.samples[0] == first.samples[0] and len(read) == 41
+
+
+@pytest.mark.parametrize("damage", ["changed", "removed"])
+def test_a_shard_that_is_damaged_while_the_store_is_open_is_told(tmp_path: Path, damage: str) -> None:
+    wanted = _wanted()
+    _run(tmp_path, wanted)
+    with SampleStore(tmp_path) as store:
+        path = tmp_path / f"{store.place(wanted[0].key)[0]}.jsonl"
+        if damage == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes().replace(b"answer", b"Answer"))
+        with pytest.raises(InputError, match="run the same command again"):
+            store.sample(store.place(wanted[0].key))
 
 
 def test_a_shard_torn_at_any_byte_does_not_count(tmp_path: Path) -> None:

@@ -71,3 +71,17 @@ def test_an_engine_starts_with_its_own_folder(temporary: Path, monkeypatch: pyte
 def test_a_path_that_is_too_long_for_a_socket_is_left_alone() -> None:
     assert temporaries_in(Path("/tmp/" + "x" * 65))["TMPDIR"].endswith("x")
     assert temporaries_in(Path("/tmp/" + "x" * 66)) == {}
+
+
+def test_what_torch_has_compiled_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="vd") as short:  # sockets lie in it
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        usual = Path(default_cache_dir())
+        for _ in range(2):
+            with scratch_folder("engine") as folder:
+                assert temporaries_in(folder)["TORCHINDUCTOR_CACHE_DIR"] == str(usual)
+                (folder / usual.name / "header").touch()
+            assert not folder.exists() and (usual / "header").is_file()

@@ -1,6 +1,7 @@
 """What goes into a group: its composition, the options, the candidates, and what is missing of them. Pure."""
 
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from verl_dft.build.reject import check_verifier, row_prompt, verdict_of
@@ -126,6 +127,34 @@ class Response:
     behavior_logp: list[float] | None = None
     finish_reason: str | None = None
 
+    @property
+    def present(self) -> bool:
+        """Whether there is a text or tokens."""
+        return bool(self.response_ids or self.text.strip())
+
+    def load(self) -> "Response":
+        """Itself; see :meth:`StoredResponse.load`."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response that is read from where it is stored each time that it is needed. The rest as of :class:`Response`."""
+
+    verdict: str
+    finish_reason: str | None
+    present: bool
+    position: int
+    read: Callable[[int], Response]
+    """Gives the response at a position."""
+
+    def load(self) -> Response:
+        """The response with its text and tokens."""
+        return self.read(self.position)
+
+
+Candidate = Response | StoredResponse
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -135,8 +164,8 @@ class Candidates:
     """
 
     expert: Response | None = None
-    teacher: Sequence[Response] = ()
-    own: Sequence[Response] = ()
+    teacher: Sequence[Candidate] = ()
+    own: Sequence[Candidate] = ()
     unusable: str = ""
 
 
@@ -159,6 +188,13 @@ def own_response(sample: Sample, options: GroupOptions) -> Response:
 def teacher_response(sample: Sample, options: GroupOptions) -> Response:
     """A teacher's sample: the text alone, since its tokens may be those of another tokenizer."""
     return Response(sample.response, verdict_of(sample, options.verifier), finish_reason=sample.finish_reason)
+
+
+def stored(response: Response, position: int, read: Callable[[int], Response]) -> StoredResponse:
+    """What planning and counting need of a response that ``read(position)`` gives again."""
+    # there are few verdicts and reasons: one text of each is enough
+    reason = None if response.finish_reason is None else sys.intern(response.finish_reason)
+    return StoredResponse(sys.intern(response.verdict), reason, response.present, position, read)
 
 
 def wanted_composition(composition: Composition, num_teacher: int, options: GroupOptions) -> Composition | None:
@@ -221,10 +257,9 @@ def _plan_one(
     return composition
 
 
-def usable(responses: Sequence[Response]) -> list[Response]:
+def usable(responses: Sequence[Candidate]) -> list[Candidate]:
     """Those with a text or tokens, in order, but the ones that could not be graded last."""
-    present = [one for one in responses if one.response_ids or one.text.strip()]
-    return sorted(present, key=lambda one: one.verdict in _UNGRADED)
+    return sorted((one for one in responses if one.present), key=lambda one: one.verdict in _UNGRADED)
 
 
 def _reasons(skipped: Mapping[str, Sequence[str]]) -> str:

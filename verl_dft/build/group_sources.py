@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_dft.build.group_plan import Candidates, Composition, Response
-from verl_dft.build.reject import by_problem
+from verl_dft.build.group_plan import Candidates, Composition, Response, StoredResponse, stored
 from verl_dft.build.reject_command import sample_files
 from verl_dft.data.prompts import find_prompt
 from verl_dft.data.records import Problem
@@ -72,40 +71,73 @@ def column_texts(problems: Sequence[Problem]) -> dict[str, list[Response]]:
     return {one.id: [Response(text, "") for text in one.teacher_solutions or ()] for one in problems}
 
 
-def given_samples(key: str, paths: Any, problems: Sequence[Problem]) -> dict[str, list[Sample]]:
-    """Samples of files by problem, in the order of their index.
+@dataclass(frozen=True)
+class Answers:
+    """A member's samples: what planning needs of each by problem, in the order of their index, and who wrote them."""
+
+    responses: dict[str, list[StoredResponse]]
+    writers: set[tuple[str, str]]
+    """Models, each with the name of a prompt."""
+
+
+def answers_of(samples: Sequence[Sample], respond: Callable[[Sample], Response]) -> Answers:
+    """Samples as candidates whose texts and tokens are read again when rows are made of them.
+
+    Args:
+        samples: gone through once.
+        respond: the candidate that a sample is.
+    """
+
+    def read(position: int) -> Response:
+        return respond(samples[position])
+
+    found: dict[str, list[tuple[int, StoredResponse]]] = {}
+    writers = set()
+    for position, sample in enumerate(samples):
+        found.setdefault(sample.problem_id, []).append((sample.index, stored(respond(sample), position, read)))
+        writers.add((sample.model, sample.prompt_name))
+    responses = {key: [one for _, one in sorted(ones, key=lambda one: one[0])] for key, ones in found.items()}
+    return Answers(responses, writers)
+
+
+def given_samples(key: str, paths: Any, problems: Sequence[Problem], respond: Callable[[Sample], Response]) -> Answers:
+    """Samples of files.
 
     Args:
         key: the configuration's, for messages.
+        respond: the candidate that a sample is.
 
     Raises:
         InputError: unreadable, none of these problems, or of a problem with the same id and another text or gold.
     """
-    files = sample_files(paths)
-    found, by_id = by_problem(read_samples(files)), {problem.id: problem for problem in problems}
-    for problem_id, samples in found.items():
-        problem = by_id.get(problem_id)
-        for sample in samples if problem else ():
-            for what, there, here in (
-                ("problem", sample.problem, problem.problem),
-                ("gold", sample.gold, problem.answer),
-            ):
-                if there and here and there != here:
-                    raise InputError(
-                        f"{key}: problem {problem_id} has another {what} there ({_short(there)!r}) than in data= "
-                        f"({_short(here)!r}); give the problems that were sampled, e.g. their problems.jsonl"
-                    )
-    if not any(problem_id in by_id for problem_id in found):
+    files, by_id = sample_files(paths), {problem.id: problem for problem in problems}
+
+    def checked(sample: Sample) -> Response:
+        if problem := by_id.get(sample.problem_id):
+            _check_same(key, sample, problem)
+        return respond(sample)
+
+    found = answers_of(read_samples(files), checked)
+    if not any(problem_id in by_id for problem_id in found.responses):
         raise InputError(
             f"{key}: {', '.join(map(str, files))}: no sample is of one of the {len(problems)} problems of data= (first "
-            f"ids: {next(iter(found))} there, {problems[0].id} here); give the problems that were sampled"
+            f"ids: {next(iter(found.responses))} there, {problems[0].id} here); give the problems that were sampled"
         )
-    return {problem_id: sorted(samples, key=lambda one: one.index) for problem_id, samples in found.items()}
+    return found
 
 
-def one_writer(samples: Mapping[str, Sequence[Sample]]) -> None:
+def _check_same(key: str, sample: Sample, problem: Problem) -> None:
+    for what, there, here in (("problem", sample.problem, problem.problem), ("gold", sample.gold, problem.answer)):
+        if there and here and there != here:
+            raise InputError(
+                f"{key}: problem {problem.id} has another {what} there ({_short(there)!r}) than in data= "
+                f"({_short(here)!r}); give the problems that were sampled, e.g. their problems.jsonl"
+            )
+
+
+def one_writer(found: Collection[tuple[str, str]]) -> None:
     """Raise InputError where the model's own responses are of several models or prompts."""
-    writers = sorted({(sample.model, sample.prompt_name) for group in samples.values() for sample in group})
+    writers = sorted(found)
     if len(writers) > 1:
         raise InputError(
             f"samples: responses of {len(writers)} models or prompts ({'; '.join(map(' with '.join, writers[:3]))}); "

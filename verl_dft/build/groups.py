@@ -4,19 +4,19 @@ Pure: problems and graded responses in, rows and counts out. GFT, arXiv 2604.142
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from verl_dft.build.group_plan import (
     MEMBERS,
+    Candidate,
     Candidates,
     Composition,
     GroupOptions,
     Plan,
-    Response,
     plan_groups,
     usable,
 )
@@ -26,25 +26,31 @@ from verl_dft.errors import InputError
 from verl_dft.grading.pool import VERDICTS
 
 
-@dataclass
-class Groups:
-    """Rows, group by group in the order of the problems (expert, teacher, self), and what was counted."""
-
-    rows: list[Row] = field(default_factory=list)
-    statistics: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class _Group:
     problem: Problem
     composition: Composition
-    members: list[tuple[str, Response]]
+    members: list[tuple[str, Candidate]]
     rewards: list[float]
     advantages: list[float]
 
     @property
     def all_equal(self) -> bool:
         return len(set(self.rewards)) == 1
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups in the order of the problems, and what was counted."""
+
+    kept: list[_Group]
+    options: GroupOptions
+    statistics: dict[str, Any]
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """Rows, group by group (expert, teacher, self); stored responses are read as their groups are reached."""
+        return (row for group in self.kept for row in _rows(group, self.options))
 
 
 def advantages(rewards: Sequence[float], std: str = "sample", epsilon: float = 1e-6) -> np.ndarray:
@@ -84,8 +90,7 @@ def build_groups(
     kept = [group for group in groups if any(group.advantages) or not options.drop_equal]
     if not kept:
         raise InputError(f"in all {len(groups)} groups the rewards are equal, and drop_equal=true leaves none")
-    rows = [row for group in kept for row in _rows(group, options)]
-    return Groups(rows, _statistics(len(problems), groups, kept, plan, composition, options))
+    return Groups(kept, options, _statistics(len(problems), groups, kept, plan, composition, options))
 
 
 # ---- one group ----
@@ -104,7 +109,7 @@ def _group(problem: Problem, found: Candidates, composition: Composition, option
     return _Group(problem, composition, members, rewards, values.tolist())
 
 
-def _reward(origin: str, response: Response, options: GroupOptions) -> float:
+def _reward(origin: str, response: Candidate, options: GroupOptions) -> float:
     assert response.verdict in VERDICTS, response.verdict
     if origin == "expert" and options.expert_reward == "one":
         return 1.0
@@ -114,6 +119,7 @@ def _reward(origin: str, response: Response, options: GroupOptions) -> float:
 def _rows(group: _Group, options: GroupOptions) -> list[Row]:
     turns = row_prompt(options.prompt)[1].messages(group.problem.problem)
     rewards = group.rewards or [None]
+    members = [(origin, one.load()) for origin, one in group.members]
     return [
         Row(
             [*turns, {"role": "assistant", "content": one.text}],
@@ -126,7 +132,7 @@ def _rows(group: _Group, options: GroupOptions) -> list[Row]:
             behavior_logp=one.behavior_logp,
             finish_reason=one.finish_reason,
         )
-        for (origin, one), reward, advantage in zip(group.members, rewards, group.advantages, strict=True)
+        for (origin, one), reward, advantage in zip(members, rewards, group.advantages, strict=True)
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from verl_dft.errors import InputError
 from verl_dft.sampling.configure import compose_sampling, plain
 
 if TYPE_CHECKING:
+    from verl_dft.build.group_plan import Response
+    from verl_dft.build.group_sources import Answers
     from verl_dft.sampling.record import Sample
     from verl_dft.sampling.sampler import OpenSource
     from verl_dft.sampling.source import TextSource
@@ -51,7 +53,8 @@ class Job:
     candidates: dict[str, Candidates]
     follow: set[str]
     """Members that are sampled here: ``teacher``, ``self``."""
-    sampled: dict[str, list[Sample]] = field(default_factory=dict)
+    writers: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    """Models and prompts of the members whose responses are samples."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -135,13 +138,13 @@ def start(config: Mapping[str, Any]) -> Job:
         for problem_id, texts in group_sources.column_texts(problems).items():
             _update(job, problem_id, teacher=texts)
     elif teacher == "samples":
-        found = group_sources.given_samples("teacher.samples", config["teacher"]["samples"], problems)
-        _add(job, "teacher", found)
+        given, respond = config["teacher"]["samples"], _respond(job, "teacher")
+        _add(job, "teacher", group_sources.given_samples("teacher.samples", given, problems, respond))
     elif teacher is not None:
         job.follow.add("teacher")
     if own == "samples":
-        found = group_sources.given_samples("samples", config["samples"], problems)
-        group_sources.one_writer(found)
+        found = group_sources.given_samples("samples", config["samples"], problems, _respond(job, "self"))
+        group_sources.one_writer(found.writers)
         _add(job, "self", found)
     elif own is not None:
         job.follow.add("self")
@@ -190,13 +193,15 @@ def _update(job: Job, problem_id: str, **found: Any) -> None:
     job.candidates[problem_id] = replace(job.candidates.get(problem_id, Candidates()), **found)
 
 
-def _add(job: Job, member: str, samples: Mapping[str, Sequence[Sample]]) -> None:
-    for problem_id, ones in samples.items():
-        if member == "teacher":
-            _update(job, problem_id, teacher=[teacher_response(one, job.options) for one in ones])
-        else:
-            _update(job, problem_id, own=[own_response(one, job.options) for one in ones])
-    job.sampled[member] = [one for ones in samples.values() for one in ones]
+def _respond(job: Job, member: str) -> Callable[[Sample], Response]:
+    make = teacher_response if member == "teacher" else own_response
+    return lambda sample: make(sample, job.options)
+
+
+def _add(job: Job, member: str, found: Answers) -> None:
+    for problem_id, responses in found.responses.items():
+        _update(job, problem_id, **{"teacher" if member == "teacher" else "own": responses})
+    job.writers[member] = found.writers
 
 
 def _compositions(job: Job) -> dict[str, Composition]:
@@ -209,16 +214,17 @@ def _counts(job: Job, member: str) -> dict[str, int]:
 
 def _sample(job: Job, member: str, source: TextSource | OpenSource | None) -> None:
     """Sample what the plan has a place for, write it beside its store, and make candidates of it."""
-    from verl_dft.build.reject import by_problem
-    from verl_dft.sampling.record import write_samples
+    from verl_dft.sampling.record import read_samples, write_samples
 
     asks = group_sources.asks_for(job.problems, _counts(job, member), job.config, member)
     if not asks:
         return
+    path = job.folder / member / "samples.parquet"
     with group_sources.make_sampler(job.folder, job.config, member, source) as sampler:
         samples = sampler.sample(asks, member)
-    write_samples(job.folder / member / "samples.parquet", samples)
-    _add(job, member, by_problem(samples))
+        # while the store is held: nobody else writes here meanwhile
+        write_samples(path, samples, None if member == "self" and job.config["want_logp"] else False)
+    _add(job, member, group_sources.answers_of(read_samples(path), _respond(job, member)))
     job.facts[member] = {
         "model": sampler.model,
         "engine": sampler.facts,
@@ -236,7 +242,7 @@ def _grade(job: Job) -> None:
         texts = {one.id: [job.candidates[one.id].expert] for one in used}
         for problem_id, (expert,) in group_sources.graded(used, texts, job.config).items():
             _update(job, problem_id, expert=expert)
-    if job.composition.teacher and "teacher" not in job.sampled:
+    if job.composition.teacher and "teacher" not in job.writers:
         texts = {one.id: list(job.candidates[one.id].teacher) for one in used}
         for problem_id, teacher in group_sources.graded(used, texts, job.config).items():
             _update(job, problem_id, teacher=teacher)
@@ -249,10 +255,10 @@ def _writers(job: Job) -> dict[str, Any]:
     """Who wrote the sampled responses, with which prompt."""
     return {
         member: {
-            "models": sorted({sample.model for sample in samples}),
-            "prompts": sorted({sample.prompt_name for sample in samples}),
+            "models": sorted({model for model, _ in writers}),
+            "prompts": sorted({prompt for _, prompt in writers}),
         }
-        for member, samples in job.sampled.items()
+        for member, writers in job.writers.items()
     }
 
 

@@ -6,17 +6,16 @@ Sec. 4.2). Pairs are for DPO: an accepted and a rejected response to the same pr
 
 import math
 import random
-from collections import Counter
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from verl_dft.data.prompts import Prompt, find_prompt
 from verl_dft.data.records import Row
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import VERDICTS
-from verl_dft.sampling.record import Sample
+from verl_dft.sampling.record import Sample, StoredSamples
 
 REJECTABLE = ("wrong", "no_answer")
 """Verdicts that may count as rejected. ``timeout`` and ``error`` are none: such a response may well be right."""
@@ -112,13 +111,33 @@ class Sorted:
     num_rejected_duplicates: int
 
 
-def by_problem(samples: Sequence[Sample], limit: int | None = None) -> dict[str, list[Sample]]:
+class ByProblem(Mapping[str, list[Sample]]):
+    """Problems in order with their samples, which are taken from where they are each time that they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], positions: Mapping[str, Sequence[int]]) -> None:
+        self._samples, self._positions = samples, positions
+
+    def __getitem__(self, problem_id: str) -> list[Sample]:
+        return [self._samples[i] for i in self._positions[problem_id]]
+
+    def __contains__(self, problem_id: object) -> bool:
+        return problem_id in self._positions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+
+def by_problem(samples: Sequence[Sample], limit: int | None = None) -> ByProblem:
     """Samples of each problem, of the first ``limit`` problems in the order in which they first occur."""
-    problems: dict[str, list[Sample]] = {}
-    for sample in samples:
-        if sample.problem_id in problems or limit is None or len(problems) < limit:
-            problems.setdefault(sample.problem_id, []).append(sample)
-    return problems
+    positions: dict[str, array[int]] = {}
+    stored = isinstance(samples, StoredSamples)
+    for i, problem_id in enumerate(samples.problem_ids if stored else (sample.problem_id for sample in samples)):
+        if problem_id in positions or limit is None or len(positions) < limit:
+            positions.setdefault(problem_id, array("q")).append(i)
+    return ByProblem(samples, positions)
 
 
 def sort_out(samples: Sequence[Sample], options: RejectOptions) -> Sorted:
@@ -146,8 +165,8 @@ def distinct(samples: Sequence[Sample]) -> list[Sample]:
     return list({sample.response: sample for sample in reversed(samples)}.values())[::-1]
 
 
-def rft_rows(problems: Mapping[str, Sequence[Sample]], options: RejectOptions) -> list[Row]:
-    """A row per correct response, at most ``max_per_problem`` of a problem, problem by problem.
+def rft_rows(problem_id: str, found: Sorted, options: RejectOptions) -> list[Row]:
+    """A row per correct response of a problem, at most ``max_per_problem``.
 
     ``response_ids`` are the sampled tokens and ``behavior_logp`` the sampler's log-probs [num_tokens] in nats (at
     temperature 1), where the samples have them. A row with another prompt than its sample's has no ``behavior_logp``:
@@ -156,14 +175,11 @@ def rft_rows(problems: Mapping[str, Sequence[Sample]], options: RejectOptions) -
     Raises:
         InputError: a sample without the text of its problem.
     """
-    rows = []
-    for problem_id, samples in problems.items():
-        correct, most = sort_out(samples, options).correct, options.max_per_problem
-        if most is not None and len(correct) > most:
-            chosen = random.Random(f"{options.seed} rft {problem_id}").sample(range(len(correct)), most)
-            correct = [correct[i] for i in sorted(chosen)]
-        rows += [_row(sample, options.prompt) for sample in correct]
-    return rows
+    correct, most = found.correct, options.max_per_problem
+    if most is not None and len(correct) > most:
+        chosen = random.Random(f"{options.seed} rft {problem_id}").sample(range(len(correct)), most)
+        correct = [correct[i] for i in sorted(chosen)]
+    return [_row(sample, options.prompt) for sample in correct]
 
 
 def _row(sample: Sample, given: str) -> Row:
@@ -196,23 +212,21 @@ def prompt_turns(sample: Sample, given: str) -> tuple[str, list[dict[str, str]]]
     return name, prompt.messages(sample.problem)
 
 
-def preference_pairs(problems: Mapping[str, Sequence[Sample]], options: RejectOptions) -> list[Pair]:
-    """Pairs of a correct and a rejected response, at most ``pairs_per_problem`` of a problem.
+def preference_pairs(problem_id: str, found: Sorted, options: RejectOptions) -> list[Pair]:
+    """Pairs of a correct and a rejected response of a problem, at most ``pairs_per_problem``.
 
-    Within a problem no pair occurs twice, and each response is used as often as the others of its side, give or take
-    one. Which ones are used when not all are needed depends on ``seed``.
+    No pair occurs twice, and each response is used as often as the others of its side, give or take one. Which ones are
+    used when not all are needed depends on ``seed``.
 
     Raises:
         InputError: a sample without the text of its problem.
     """
+    rng = random.Random(f"{options.seed} pairs {problem_id}")
+    sides = [rng.sample(side, len(side)) for side in (found.correct, found.rejected)]
     pairs = []
-    for problem_id, samples in problems.items():
-        found = sort_out(samples, options)
-        rng = random.Random(f"{options.seed} pairs {problem_id}")
-        sides = [rng.sample(side, len(side)) for side in (found.correct, found.rejected)]
-        for good, bad in balanced_pairs(len(sides[0]), len(sides[1]), options.pairs_per_problem):
-            chosen, rejected = sides[0][good], sides[1][bad]
-            pairs.append(Pair(prompt_turns(chosen, options.prompt)[1], chosen, rejected))
+    for good, bad in balanced_pairs(len(sides[0]), len(sides[1]), options.pairs_per_problem):
+        chosen, rejected = sides[0][good], sides[1][bad]
+        pairs.append(Pair(prompt_turns(chosen, options.prompt)[1], chosen, rejected))
     return pairs
 
 
@@ -228,61 +242,3 @@ def balanced_pairs(num_left: int, num_right: int, most: int | None) -> Iterator[
     period = math.lcm(num_left, num_right)
     for i in range(total if most is None else min(most, total)):
         yield i % num_left, (i + i // period) % num_right
-
-
-def statistics(
-    problems: Mapping[str, Sequence[Sample]], rows: Sequence[Row], pairs: Sequence[Pair], options: RejectOptions
-) -> dict[str, Any]:
-    """Counts of what was read, kept and left out. ``correct`` = rows + the three ``correct_*`` counts."""
-    samples = [sample for group in problems.values() for sample in group]
-    found = [sort_out(group, options) for group in problems.values()]
-    right = num_correct(problems, options.verifier)
-    counts = Counter(verdict_of(sample, options.verifier) for sample in samples)
-    usable = sum(len(one.correct) for one in found)
-    name = options.prompt if options.prompt == SAMPLED else row_prompt(options.prompt)[0]
-    return {
-        "problems": len(problems),
-        "samples": len(samples),
-        "models": sorted({sample.model for sample in samples}),
-        "prompts": sorted({sample.prompt_name for sample in samples}),
-        "prompt_of_rows": name,
-        "verifier": options.verifier,
-        "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
-        "truncated": sum(map(is_truncated, samples)),
-        "problems_none_correct": sum(correct == 0 for correct, _ in right),
-        "problems_all_correct": sum(correct == n for correct, n in right),
-        "solve_rates": solve_rates(right),
-        "correct": counts["correct"],
-        "correct_truncated": sum(one.num_truncated for one in found),
-        "correct_duplicates": sum(one.num_duplicates for one in found),
-        "correct_over_max": usable - len(rows),
-        "rows": len(rows),
-        "rows_problems": len({row.problem_id for row in rows}),
-        "rows_with_behavior_logp": sum(row.behavior_logp is not None for row in rows),
-        "pairs": len(pairs),
-        "pairs_problems": len({pair.chosen.problem_id for pair in pairs}),
-        "pairs_possible": sum(len(one.correct) * len(one.rejected) for one in found),
-        "rejected_duplicates": sum(one.num_rejected_duplicates for one in found),
-        "rejected_truncated": sum(is_truncated(pair.rejected) for pair in pairs),
-    }
-
-
-def num_correct(problems: Mapping[str, Sequence[Sample]], verifier: str) -> list[tuple[int, int]]:
-    """(correct samples, samples) of each problem."""
-    return [
-        (sum(verdict_of(sample, verifier) == "correct" for sample in group), len(group)) for group in problems.values()
-    ]
-
-
-def solve_rates(right: Sequence[tuple[int, int]]) -> dict[str, int]:
-    """Problems by how many of their samples are correct (``2/4``); by tenths where problems differ in samples."""
-    sizes = {n for _, n in right}
-    if len(sizes) == 1:
-        (n,) = sizes
-        counts = Counter(correct for correct, _ in right)
-        return {f"{k}/{n}": counts[k] for k in range(n + 1)}
-    labels = ["0%", *(f"{10 * k}-{10 * (k + 1)}%" for k in range(10)), "100%"]
-    bins = dict.fromkeys(labels, 0)
-    for correct, n in right:
-        bins["0%" if not correct else "100%" if correct == n else labels[1 + 10 * correct // n]] += 1
-    return bins

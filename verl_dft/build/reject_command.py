@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_dft.build.page import names, share, table
-from verl_dft.build.reject import Pair, RejectOptions, by_problem, preference_pairs, rft_rows, statistics
+from verl_dft.build.reject import Pair, RejectOptions, by_problem, preference_pairs, rft_rows, sort_out
+from verl_dft.build.reject_statistics import Tally, statistics
+from verl_dft.data.records import Row, row_spool
+from verl_dft.data.spool import Spool
 from verl_dft.errors import InputError
 from verl_dft.sampling.configure import plain, whole_number
 
@@ -54,20 +57,27 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         check_folder(folder, config)
     if config["limit"] is not None:
         whole_number("limit", config["limit"], 1)
-    problems = by_problem(read_samples(paths), config["limit"])
-    rows, pairs = rft_rows(problems, options), preference_pairs(problems, options)
-    found = statistics(problems, rows, pairs, options)
-    if not rows and not pairs:
-        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in found["verdicts"].items() if count)
-        raise InputError(
-            f"{', '.join(map(str, paths))}: no response can be kept ({verdicts}; {found['correct_truncated']} correct "
-            "ones cut off); sample more, or from another model or prompt"
-        )
-    if not config["dry_run"]:
-        inputs = {f"samples{i}" if i else "samples": path for i, path in enumerate(paths)}
-        facts = {"inputs": inputs, "command": command_line(), "seed": options.seed, "statistics": found}
-        _write(folder, config, rows, pairs, found, facts)
-    return found
+    problems, tally = by_problem(read_samples(paths), config["limit"]), Tally(options)
+    with row_spool(folder / "rft.parquet") as rows, pair_spool(folder / "pairs.parquet") as pairs:
+        for problem_id, samples in problems.items():  # once: they are read from the disk
+            found = sort_out(samples, options)
+            made = rft_rows(problem_id, found, options), preference_pairs(problem_id, found, options)
+            tally.add(samples, found, *made)
+            if not config["dry_run"]:
+                rows.add(made[0])
+                pairs.add(made[1])
+        counts = statistics(tally)
+        if not counts["rows"] and not counts["pairs"]:
+            verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts["verdicts"].items() if count)
+            raise InputError(
+                f"{', '.join(map(str, paths))}: no response can be kept ({verdicts}; {counts['correct_truncated']} "
+                "correct ones cut off); sample more, or from another model or prompt"
+            )
+        if not config["dry_run"]:
+            inputs = {f"samples{i}" if i else "samples": path for i, path in enumerate(paths)}
+            facts = {"inputs": inputs, "command": command_line(), "seed": options.seed, "statistics": counts}
+            _write(folder, config, rows, pairs, counts, facts)
+    return counts
 
 
 def reject_options(config: Mapping[str, Any]) -> RejectOptions:
@@ -95,13 +105,12 @@ def sample_files(samples: str | Path | Sequence[str | Path]) -> list[Path]:
 def _write(
     folder: Path,
     config: Mapping[str, Any],
-    rows: Sequence[Any],
-    pairs: Sequence[Pair],
+    rows: Spool[Row],
+    pairs: Spool[Pair],
     found: dict[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
     """The statistics last: a folder that has them is complete."""
-    from verl_dft.data.records import write_rows
     from verl_dft.files import atomic_write, write_json
     from verl_dft.sampling.folder import identity
 
@@ -109,10 +118,9 @@ def _write(
     for name in ("statistics.json", "rft.parquet", "pairs.parquet"):
         for stale in (folder / name, folder / f"{name}.manifest.json"):
             stale.unlink(missing_ok=True)
-    if rows:
-        write_rows(folder / "rft.parquet", rows, config=identity(config), **facts)
-    if pairs:
-        write_pairs(folder / "pairs.parquet", pairs, config=identity(config), **facts)
+    for spool in (rows, pairs):
+        if len(spool):
+            spool.write(config=identity(config), **facts)
     with atomic_write(folder / "statistics.md") as file:
         file.write(markdown(found) + "\n")
     write_json(folder / "config.json", identity(config))
@@ -130,32 +138,27 @@ def pair_schema() -> pa.Schema:
     return pa.schema(columns)
 
 
-def write_pairs(path: str | Path, pairs: Sequence[Pair], **facts: Any) -> None:
-    """Pairs as parquet with a manifest beside it. A response that was cut off says so (``length``): it has no end."""
+def pair_spool(path: str | Path) -> Spool[Pair]:
+    """Takes pairs, writes them with a manifest. A response that was cut off says so (``length``): it has no end."""
     import pyarrow as pa
 
-    from verl_dft.data.tables import write_parquet
-    from verl_dft.files import atomic_write, sha256_file, write_manifest
+    def to_table(pairs: list[Pair], first: int) -> pa.Table:
+        return pa.Table.from_pylist([_pair_record(pair) for pair in pairs], schema=pair_schema())
 
-    table = pa.Table.from_pylist(
-        [
-            {
-                "prompt": pair.prompt,
-                "chosen": _answer(pair.chosen.response),
-                "rejected": _answer(pair.rejected.response),
-                "problem_id": pair.chosen.problem_id,
-                "chosen_ids": pair.chosen.token_ids or None,
-                "rejected_ids": pair.rejected.token_ids or None,
-                "chosen_finish_reason": pair.chosen.finish_reason,
-                "rejected_finish_reason": pair.rejected.finish_reason,
-            }
-            for pair in pairs
-        ],
-        schema=pair_schema(),
-    )
-    with atomic_write(path, "wb") as file:
-        write_parquet(table, file)
-    write_manifest(path, num_rows=len(pairs), rows_sha256=sha256_file(path), **facts)
+    return Spool(path, pair_schema(), to_table)
+
+
+def _pair_record(pair: Pair) -> dict[str, Any]:
+    return {
+        "prompt": pair.prompt,
+        "chosen": _answer(pair.chosen.response),
+        "rejected": _answer(pair.rejected.response),
+        "problem_id": pair.chosen.problem_id,
+        "chosen_ids": pair.chosen.token_ids or None,
+        "rejected_ids": pair.rejected.token_ids or None,
+        "chosen_finish_reason": pair.chosen.finish_reason,
+        "rejected_finish_reason": pair.rejected.finish_reason,
+    }
 
 
 def _answer(text: str) -> list[dict[str, str]]:

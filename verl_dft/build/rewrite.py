@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from verl_dft.data.prompts import Prompt
 from verl_dft.data.records import Problem, Row
@@ -136,7 +136,7 @@ class RewritePlanner:
         self._waves = self._all_waves()
         self._current: Wave | None = None
         self.history: list[tuple[Wave, list[Sample]]] = []
-        """Every wave that was told, with its samples."""
+        """Every wave that was told, with its samples; these are without text, ids and log-probs."""
 
     def next_wave(self) -> Wave | None:
         """The wave to sample now, the same until it is told; None when nothing more is to be sampled."""
@@ -153,11 +153,15 @@ class RewritePlanner:
         """The graded samples of the wave, in the order of its asks."""
         wave = self._current
         assert wave is not None, "no wave is waiting for samples"
-        asked = [(ask.problem_id, ask.index) for ask in wave.asks]
-        assert asked == [(s.problem_id, s.index) for s in samples], "these are not the samples that were asked for"
+        other, counted = "these are not the samples that were asked for", []
+        assert len(samples) == len(wave.asks), other
         for start in range(0, len(samples), wave.size):
-            self._judge(wave.stage, samples[start : start + wave.size])
-        self.history.append((wave, list(samples)))
+            of_problem = samples[start : start + wave.size]
+            asked = [(ask.problem_id, ask.index) for ask in wave.asks[start : start + wave.size]]
+            assert asked == [(s.problem_id, s.index) for s in of_problem], other
+            self._judge(wave.stage, of_problem)
+            counted += [replace(sample, response="", token_ids=None, logp=None) for sample in of_problem]
+        self.history.append((wave, counted))
         self._current = None
 
     def outcomes(self) -> list[Outcome]:

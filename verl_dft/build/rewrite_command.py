@@ -26,7 +26,8 @@ from verl_dft.sampling.configure import check_count, compose_sampling, plain, sa
 from verl_dft.sampling.folder import STORE
 
 if TYPE_CHECKING:
-    from verl_dft.sampling.sampler import OpenSource
+    from verl_dft.sampling.record import Sample
+    from verl_dft.sampling.sampler import OpenSource, Sampler
     from verl_dft.sampling.source import TextSource
 
 
@@ -68,18 +69,25 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     with Sampler(folder / STORE, config["model"]["path"], config, source) as sampler:
         # Guided prompts are longer; without this the engine would be started again for them.
         sampler.reserve(planner.largest_asks())
+        told = []
         while (wave := planner.next_wave()) is not None:
-            planner.tell(sampler.sample(wave.asks, f"{wave.stage.name}, wave {wave.number + 1}"))
-    outcomes = planner.outcomes()
-    statistics = {"model": config["model"]["path"], "stages": options.stages, "early_stop": options.early_stop}
-    statistics |= {"wave_size": options.wave_size} if options.early_stop else {}
-    statistics |= rewrite_statistics(outcomes, planner.history, options)
-    _write(folder, config, planner, statistics, sampler)
+            told.append(sampler.sample(wave.asks, f"{wave.stage.name}, wave {wave.number + 1}"))
+            planner.tell(told[-1])
+        statistics = {"model": config["model"]["path"], "stages": options.stages, "early_stop": options.early_stop}
+        statistics |= {"wave_size": options.wave_size} if options.early_stop else {}
+        statistics |= rewrite_statistics(planner.outcomes(), planner.history, options)
+        # while the store is held: nobody else writes here meanwhile
+        _write(folder, config, planner, statistics, sampler, told)
     return statistics
 
 
 def _write(
-    folder: Path, config: Mapping[str, Any], planner: RewritePlanner, statistics: dict[str, Any], sampler: Any
+    folder: Path,
+    config: Mapping[str, Any],
+    planner: RewritePlanner,
+    statistics: dict[str, Any],
+    sampler: Sampler,
+    told: Sequence[Sequence[Sample]],
 ) -> None:
     """The statistics last: a folder that has them is complete."""
     from verl_dft.build.rewrite_statistics import markdown
@@ -87,6 +95,7 @@ def _write(
     from verl_dft.data.records import write_rows
     from verl_dft.files import atomic_write, write_json
     from verl_dft.sampling.folder import identity
+    from verl_dft.sampling.graded import Joined
     from verl_dft.sampling.record import write_samples
 
     (folder / "statistics.json").unlink(missing_ok=True)
@@ -94,9 +103,8 @@ def _write(
     rows = [make_row(o, planner.options, name, prompt) for o in planner.outcomes() if o.origin is not None]
     if not rows:
         raise InputError(f"no problem is left to write a row of; they were dropped: {statistics['dropped']}")
-    samples = [sample for _, told in planner.history for sample in told]
-    if samples:
-        write_samples(folder / "samples.parquet", samples)
+    if told:
+        write_samples(folder / "samples.parquet", Joined(told), None if config["want_logp"] else False)
     facts = {"inputs": inputs_of(config["data"]), "seed": config["seed"], "config": identity(config)}
     experts = [expert_row(problem, prompt) for problem in planner.problems if has_solution(problem)]
     if experts:

@@ -14,7 +14,7 @@ from verl_dft.files import atomic_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CODE = ("records.py", "tables.py", "template.py", "pieces.py", "encode.py", "dataset.py", "cache.py")
+_CODE = tuple(f"{name}.py" for name in "records row_checks tables template pieces encode arrays dataset cache".split())
 """Source files of this package whose change makes old caches invalid."""
 
 

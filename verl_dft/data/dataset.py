@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from verl_dft.data.arrays import Fit, write_arrays
 from verl_dft.data.cache import cache_key, cached_dir, tokenizer_fingerprint
-from verl_dft.data.encode import Encoded, EncodedRow, RowNames, encode_rows
+from verl_dft.data.encode import encode_parts
 from verl_dft.data.records import PER_TOKEN
 from verl_dft.data.selection import COLUMNS, check_columns, of_origins, read_table
 from verl_dft.errors import InputError
-from verl_dft.files import sha256_file, write_json
+from verl_dft.files import sha256_file
 from verl_dft.origins import ORIGINS
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 OVERLONG = ("drop", "truncate", "error")
-_OUTSIDE = {"ref_logp": 0.0, "behavior_logp": np.nan}
-"""Value of a per-token column where a row stores none."""
 
 
 class RowDataset(Dataset[dict[str, torch.Tensor]]):
@@ -160,9 +158,8 @@ def load_dataset(
         table, names = read_table(paths, max_rows)
         table, names, others = of_origins(table, names, origins)
         check_columns(table, names, columns)
-        encoded = encode_rows(table, tokenizer, names, num_proc)
-        kept, report = _fit(encoded, names, max_length, overlong)
-        _write(folder, encoded, kept, table, columns, report | {"rows_other_origins": others})
+        parts, fit = encode_parts(table, tokenizer, names, num_proc), Fit(max_length, overlong, names)
+        write_arrays(folder, parts, fit, table, columns, {"rows_other_origins": others})
 
     return RowDataset(cached_dir(cache_dir, key, build))
 
@@ -184,84 +181,3 @@ def _check_options(
     for name in columns:
         if name not in COLUMNS:
             raise InputError(f"no column {name!r}; training rows can have {', '.join(COLUMNS)}")
-
-
-def _fit(encoded: Encoded, names: RowNames, max_length: int, overlong: str) -> tuple[list[int], dict[str, int]]:
-    """Indices of the rows that stay, cut to ``max_length`` in place where the policy says so, and the report."""
-    dropped = long_prompt = truncated = 0
-    shortest, kept = None, []
-    for index, row in enumerate(encoded.rows):
-        length = len(row.prompt) + len(row.response)
-        shortest = length if shortest is None else min(shortest, length)
-        if length > max_length:
-            if overlong == "error":
-                raise InputError(
-                    f"{names(index)}: {length} tokens (prompt {len(row.prompt)}, response {len(row.response)}) exceed "
-                    f"data.max_length={max_length}; raise it, or set data.overlong=drop or truncate"
-                )
-            room = max_length - len(row.prompt)
-            if overlong == "drop" or room < 1:
-                dropped += 1
-                long_prompt += room < 1
-                continue
-            encoded.rows[index] = EncodedRow(row.prompt, row.response[:room], False, row.stored)
-            truncated += 1
-        kept.append(index)
-    if not kept:
-        raise InputError(
-            f"{', '.join(names.files)}: all {len(encoded.rows)} rows are longer than data.max_length={max_length} "
-            f"(the shortest has {shortest} tokens); raise it, or set data.overlong=truncate"
-        )
-    report = {
-        "rows_read": len(encoded.rows),
-        "rows_kept": len(kept),
-        "rows_dropped_overlong": dropped,
-        "rows_dropped_long_prompt": long_prompt,
-        "rows_truncated": truncated,
-    }
-    return kept, report
-
-
-def _write(
-    folder: Path, encoded: Encoded, kept: list[int], table: pa.Table, columns: Sequence[str], report: dict[str, int]
-) -> None:
-    rows = [encoded.rows[i] for i in kept]
-    prompt_lens = np.array([len(row.prompt) for row in rows], dtype=np.int32)
-    lengths = prompt_lens.astype(np.int64) + np.array([len(row.response) for row in rows], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    np.save(folder / "tokens.npy", np.concatenate([part for row in rows for part in (row.prompt, row.response)]))
-    np.save(folder / "offsets.npy", offsets)
-    np.save(folder / "prompt_lens.npy", prompt_lens)
-    kept_indices = np.array(kept, dtype=np.int64)
-    groups = table["group_id"].combine_chunks().dictionary_encode().indices.take(kept_indices)
-    np.save(folder / "groups.npy", groups.fill_null(-1).to_numpy().astype(np.int64))
-    for name in columns:
-        values = table[name].take(kept)
-        if name in PER_TOKEN:
-            report[f"rows_without_{name}"] = values.null_count
-            np.save(folder / f"{name}.npy", _per_token(name, values, rows, offsets))
-        elif name == "origin":
-            codes = np.array([ORIGINS.index(value) for value in values.to_pylist()], dtype=np.float32)
-            np.save(folder / "origin.npy", codes)
-        else:
-            np.save(folder / f"{name}.npy", values.to_numpy().astype(np.float32))
-    report |= {
-        "num_tokens": int(lengths.sum()),
-        "num_trained_tokens": int((lengths - prompt_lens).sum()),
-        "end_tokens_appended": sum(row.end_appended for row in rows),
-        "end_tokens_without_value": sum(row.end_appended and row.stored for row in rows),
-        "rows_cut_off": 0,
-        **encoded.counts,
-    }
-    write_json(folder / "meta.json", {"report": report, "columns": list(columns)})
-
-
-def _per_token(name: str, values: pa.ChunkedArray, rows: Sequence[EncodedRow], offsets: np.ndarray) -> np.ndarray:
-    """[total tokens] float32, value of token t at position t."""
-    flat = np.full(int(offsets[-1]), _OUTSIDE[name], dtype=np.float32)
-    for row, offset, value in zip(rows, offsets[:-1].tolist(), values, strict=True):
-        if value.is_valid:
-            stored = value.values.to_numpy(zero_copy_only=False)[: len(row.response)]
-            start = offset + len(row.prompt)
-            flat[start : start + len(stored)] = stored
-    return flat

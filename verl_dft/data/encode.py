@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -68,7 +68,21 @@ class RowNames:
 def encode_rows(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase, names: RowNames, num_proc: int | None = None
 ) -> Encoded:
-    """Encode every row of ``table``, in parallel where that pays (``num_proc`` processes; None decides by itself).
+    """Encode every row of ``table``. Arguments and errors as of :func:`encode_parts`."""
+    result = Encoded()
+    for part in encode_parts(table, tokenizer, names, num_proc):
+        result.rows += part.rows
+        result.counts += part.counts
+    return result
+
+
+def encode_parts(
+    table: pa.Table, tokenizer: PreTrainedTokenizerBase, names: RowNames, num_proc: int | None = None
+) -> Iterator[Encoded]:
+    """Every row of ``table`` in order, encoded 2,000 at a time.
+
+    Args:
+        num_proc: processes; None: in parallel where that pays.
 
     Raises:
         InputError: a row the template refuses, or stored ids that are not the tokenizer's, naming file and row.
@@ -78,24 +92,18 @@ def encode_rows(
     encoder = ConversationEncoder(tokenizer)  # here first: its errors concern the tokenizer, not a row
     starts = range(0, table.num_rows, CHUNK_ROWS)
     workers = min(_num_workers(table.num_rows, num_proc), len(starts))
-    result = Encoded()
-    bar = tqdm(total=table.num_rows, desc="tokenising", unit="row", disable=table.num_rows < PARALLEL_ROWS // 2)
-
-    def collect(part: Encoded) -> None:
-        result.rows += part.rows
-        result.counts += part.counts
-        bar.update(len(part.rows))
-
-    with bar:
+    with tqdm(total=table.num_rows, desc="tokenising", unit="row", disable=table.num_rows < PARALLEL_ROWS // 2) as bar:
         if workers <= 1:
             for start in starts:
-                collect(_encode_chunk(encoder, table, names, start))
-            return result
+                part = _encode_chunk(encoder, table, names, start)
+                yield part
+                bar.update(len(part.rows))
+            return
         # forked: the children get table and tokenizer without copying, and the caller's main module is not run again
         with ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoder, table, names)) as pool:
             for part in pool.map(_encode_in_worker, starts):
-                collect(part)
-    return result
+                yield part
+                bar.update(len(part.rows))
 
 
 def _num_workers(num_rows: int, num_proc: int | None) -> int:

@@ -5,29 +5,18 @@ Units: ``advantage`` and ``reward`` are dimensionless, log-probabilities are in 
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl_dft.data import tables
+from verl_dft.data.row_checks import PER_TOKEN, check_row, text_of
+from verl_dft.data.spool import Spool
 from verl_dft.errors import InputError
-from verl_dft.origins import ORIGINS
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_LARGEST = 3.4e38
-"""What float32 holds: larger numbers would be stored as infinite."""
-PER_TOKEN = ("ref_logp", "behavior_logp")
-BUILDERS = {
-    "advantage": "verl-dft groups",
-    "ref_logp": "verl-dft score",
-    "behavior_logp": "verl-dft sample (it stores the sampler's log-probs) followed by a builder",
-}
-"""Which command writes a column, for the message that says it is missing."""
 
 
 @dataclass
@@ -118,16 +107,6 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def text_of(where: str, key: str, value: Any) -> str:
-    """The text of a column, in which a number stands for its digits and null for nothing. Raises InputError."""
-    if value is None:
-        return ""
-    number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
-    if not number and not isinstance(value, str):
-        raise InputError(f"{where}: column {key!r} is {value!r}; it must be a text or a number")
-    return str(value)
-
-
 def write_problems(path: str | Path, problems: Sequence[Problem]) -> None:
     """Write problems as jsonl, leaving out fields without a value."""
     from verl_dft.files import atomic_write
@@ -141,19 +120,25 @@ def write_problems(path: str | Path, problems: Sequence[Problem]) -> None:
 def write_rows(path: str | Path, rows: Iterable[Row], **facts: Any) -> Path:
     """Write rows as parquet with a manifest beside it (``facts`` go there; see ``verl_dft.files.write_manifest``).
 
+    The rows are taken one by one and are never all in memory. A column without any value is left out, so that a file's
+    schema says what it can provide.
+
     Raises:
         InputError: a row that training would refuse (see :func:`read_rows`).
     """
-    from verl_dft.files import atomic_write, sha256_file, write_manifest
+    with row_spool(path) as spool:
+        spool.add(rows)
+        return spool.write(**facts)
 
-    path = Path(path)
-    table = check_rows(str(path), [{f.name: getattr(row, f.name) for f in fields(Row)} for row in rows])
-    # a column without any value is left out, so that a file's schema says what it can provide
-    empty = [name for name in table.column_names if table.num_rows and table[name].null_count == table.num_rows]
-    with atomic_write(path, "wb") as file:
-        tables.write_parquet(table.drop_columns(empty), file)
-    write_manifest(path, num_rows=table.num_rows, rows_sha256=sha256_file(path), **facts)
-    return path
+
+def row_spool(path: str | Path) -> Spool[Row]:
+    """What :func:`write_rows` writes through, for rows that come bit by bit. ``add`` raises its InputError."""
+    names = [f.name for f in fields(Row)]
+
+    def to_table(rows: list[Row], first: int) -> pa.Table:
+        return check_rows(str(path), [{name: getattr(row, name) for name in names} for row in rows], first)
+
+    return Spool(path, row_schema(), to_table, drop_empty=True)
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> pa.Table:
@@ -176,24 +161,38 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> pa.Table:
 
 def read_row_file(path: str | Path) -> pa.Table:
     """:func:`read_rows` of one file."""
-    records = tables.read_records(path, compact=("response_ids", *PER_TOKEN))
-    tables.need_columns(path, records, ("messages",))
-    return check_rows(str(path), records)
+    import pyarrow as pa
+
+    checked: list[pa.Table] = []
+    first = 0
+    for records in tables.read_parts(path, compact=("response_ids", *PER_TOKEN)):
+        tables.need_columns(path, records, ("messages",), first=first)
+        checked.append(check_rows(str(path), records, first))
+        first += len(records)
+    return pa.concat_tables(checked)
 
 
-def check_rows(where: str, records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as a table of :func:`row_schema`. ``where`` is the file's name, for messages. Raises InputError."""
+def check_rows(where: str, records: Sequence[Mapping[str, Any]], first: int = 0) -> pa.Table:
+    """Rows as a table of :func:`row_schema`.
+
+    Args:
+        where: the file's name, for messages.
+        first: row of the file that the first of ``records`` is.
+
+    Raises:
+        InputError: see :func:`read_rows`.
+    """
     import pyarrow as pa
 
     stem = Path(where).name.split(".")[0]
-    checked = [_check_row(f"{where}: row {i}", f"{stem}/{i}", record) for i, record in enumerate(records)]
+    checked = [check_row(f"{where}: row {i}", f"{stem}/{i}", record) for i, record in enumerate(records, first)]
     columns = {}
     for field in row_schema():
         try:
             columns[field.name] = pa.array([row.get(field.name) for row in checked], type=field.type)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             detail = " ".join(str(error).split())[:160]
-            row = _first_bad([row.get(field.name) for row in checked], field.type)
+            row = first + _first_bad([row.get(field.name) for row in checked], field.type)
             raise InputError(f"{where}: row {row}: column {field.name!r} must be {field.type}: {detail}") from None
     return pa.table(columns, schema=row_schema())
 
@@ -208,93 +207,3 @@ def _first_bad(values: Sequence[Any], kind: pa.DataType) -> int:
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             return index
     raise AssertionError("every value is of the type")
-
-
-def _check_row(where: str, default_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    row = dict(record)
-    given = row.get("problem_id")
-    row["problem_id"] = default_id if given is None else text_of(where, "problem_id", given)
-    row["origin"] = row.get("origin") or "expert"
-    if row["origin"] not in ORIGINS:
-        raise InputError(f"{where}: column 'origin' is {row['origin']!r}; use one of {', '.join(ORIGINS)}")
-    ids = row.get("response_ids")
-    row["messages"] = _check_messages(where, row.get("messages"), has_ids=ids is not None)
-    if ids is not None:
-        _check_ids(where, ids)
-    for name in PER_TOKEN:
-        if row.get(name) is not None:
-            _check_per_token(where, name, row[name], ids)
-    for name in ("advantage", "reward"):
-        value = row.get(name)
-        if value is not None and (not _is_number(value) or math.isnan(value)):
-            raise InputError(f"{where}: column {name!r} is {value!r}; it must be a finite number")
-    return row
-
-
-def _is_number(value: Any) -> bool:
-    """A number that float32 holds, or NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > _LARGEST
-
-
-def _check_ids(where: str, ids: Any) -> None:
-    import numpy as np
-
-    try:
-        found = np.asarray(ids)
-    except (ValueError, OverflowError):
-        found = np.asarray(None)
-    if found.shape == (0,):
-        raise InputError(f"{where}: column 'response_ids' is empty; a response needs at least one token, drop the row")
-    if found.ndim != 1 or found.dtype.kind not in "iu":  # numbers with a fraction would lose it
-        raise InputError(f"{where}: column 'response_ids' must be a list of token ids, whole numbers")
-
-
-def _check_messages(where: str, messages: Any, has_ids: bool) -> list[dict[str, str]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(f"{where}: column 'messages' must be a non-empty list of {{role, content}}")
-    clean = []
-    for turn, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: messages[{turn}] must have a 'role' and a text 'content'")
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise InputError(
-                f"{where}: messages[{turn}] has role {message.get('role')!r}; use system, user, assistant, tool"
-            )
-        clean.append({"role": message["role"], "content": message["content"]})
-    if has_ids:
-        if clean[-1]["role"] == "assistant" and len(clean) == 1:
-            raise InputError(f"{where}: column 'messages' has no turn before the response; add the user's turn")
-        return clean
-    if clean[-1]["role"] != "assistant":
-        raise InputError(f"{where}: column 'messages' must end with an assistant turn (the text to train on)")
-    if not clean[-1]["content"].strip():
-        raise InputError(f"{where}: column 'messages' has an empty response; drop the row or give it a text")
-    if len(clean) == 1:
-        raise InputError(f"{where}: column 'messages' has no turn before the response; add the user's turn")
-    return clean
-
-
-def _check_per_token(where: str, name: str, values: Sequence[float], ids: Sequence[int] | None) -> None:
-    if ids is None:
-        raise InputError(
-            f"{where}: column {name!r} needs 'response_ids' beside it (a text can be tokenised in several ways); "
-            f"make the rows with {BUILDERS[name]}"
-        )
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise InputError(f"{where}: column {name!r} must be a list of log-probs")
-    if len(values) != len(ids):
-        raise InputError(
-            f"{where}: column {name!r} has {len(values)} values for {len(ids)} response_ids; give one for each"
-        )
-    import numpy as np
-
-    if isinstance(values, array):  # of one type
-        found = np.array(values, dtype=np.float64)  # a copy
-        found[np.abs(found) > _LARGEST] = math.inf
-    else:
-        found = np.asarray([value if _is_number(value) else math.inf for value in values], dtype=np.float64)
-    # rounding may lift a log-prob a little above 0; NaN stands for "unknown" in behavior_logp only
-    wrong = ~(found <= 1e-3) & ~(np.isnan(found) & (name == "behavior_logp"))
-    if wrong.any():
-        at = int(wrong.argmax())
-        raise InputError(f"{where}: column {name!r} holds {values[at]} at position {at}; a log-prob is at most 0")

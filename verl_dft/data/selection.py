@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl_dft.data.encode import RowNames
-from verl_dft.data.records import BUILDERS, read_row_file
+from verl_dft.data.records import read_row_file
+from verl_dft.data.row_checks import BUILDERS
 from verl_dft.errors import InputError
 
 if TYPE_CHECKING:

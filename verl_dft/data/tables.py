@@ -8,16 +8,18 @@ import re
 import zlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from verl_dft.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PART = 4096
-"""Rows of a parquet file that are read at a time."""
+T = TypeVar("T")
+PART = 4096
+"""Records that are read, checked and written at a time; only so many are Python objects together."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -32,27 +34,52 @@ def read_records(path: str | Path, compact: Collection[str] = ()) -> list[dict[s
         InputError: the file is missing, empty, of another kind or damaged, or has what JSON lets pass and nothing can
             use (a name given twice, half of a surrogate pair); names the file and the row.
     """
+    return [record for part in read_parts(path, compact) for record in part]
+
+
+def read_parts(path: str | Path, compact: Collection[str] = ()) -> Iterator[list[dict[str, Any]]]:
+    """The same records in order, in lists of at most 4,096 (a ``.json`` file in one list), none of them empty.
+
+    Raises:
+        InputError: as :func:`read_records`, each when its part is reached.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         kind = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {kind}; give a .jsonl, .jsonl.gz or .parquet file")
     suffixes = "".join(path.suffixes[-2:]).lower()
     if suffixes.endswith(".parquet"):
-        records = _read_parquet(path, compact)
+        parts = _parquet_parts(path, compact)
     elif suffixes.endswith((".jsonl", ".jsonl.gz")):
-        records = _read_jsonl(path)
+        parts = in_parts(_jsonl_records(path))
     elif suffixes.endswith(".json"):
-        records = _read_json(path)
+        parts = iter([_read_json(path)])
     else:
         raise InputError(f"{path} is of an unknown kind; give a .jsonl, .jsonl.gz or .parquet file")
-    if not records:
+    empty = True
+    for part in parts:
+        if part:
+            empty = False
+            yield part
+    if empty:
         raise InputError(f"{path} holds no rows; give a file with at least one")
-    return records
 
 
-def need_columns(path: str | Path, records: Sequence[Mapping[str, Any]], names: Sequence[str], hint: str = "") -> None:
-    """Raise :class:`InputError` for the first record without one of ``names`` (a null counts as present)."""
-    for index, record in enumerate(records):
+def in_parts(items: Iterable[T]) -> Iterator[list[T]]:
+    """``items`` in lists of at most 4,096, in order, each made when it is asked for."""
+    iterator = iter(items)
+    while part := list(islice(iterator, PART)):
+        yield part
+
+
+def need_columns(
+    path: str | Path, records: Sequence[Mapping[str, Any]], names: Sequence[str], hint: str = "", first: int = 0
+) -> None:
+    """Raise :class:`InputError` for the first record without one of ``names`` (a null counts as present).
+
+    ``first``: row of the file that the first of ``records`` is.
+    """
+    for index, record in enumerate(records, first):
         for name in names:
             if name not in record:
                 have = ", ".join(sorted(map(str, record))) or "none"
@@ -61,7 +88,7 @@ def need_columns(path: str | Path, records: Sequence[Mapping[str, Any]], names: 
 
 
 def columns_of(path: str | Path) -> frozenset[str]:
-    """Columns of a parquet file, or of the first record of another. Raises InputError as :func:`read_records`."""
+    """Columns of a parquet file, or of the first record of another. Raises InputError as :func:`read_parts`."""
     path = Path(path)
     if path.suffix == ".parquet" and path.is_file():
         import pyarrow as pa
@@ -71,7 +98,7 @@ def columns_of(path: str | Path) -> frozenset[str]:
             return frozenset(pq.read_schema(path).names)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
-    return frozenset(read_records(path)[0])
+    return frozenset(next(read_parts(path))[0])
 
 
 def write_parquet(table: pa.Table, file: IO[bytes]) -> None:
@@ -107,33 +134,32 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.T
     try:
         table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if missing := [name for name in columns or () if name not in table.column_names]:
         raise InputError(f"{path} lacks the column(s) {', '.join(missing)}; make it again")
     return table
 
 
-def _unreadable(path: str | Path, error: Exception) -> InputError:
+def unreadable(path: str | Path, error: Exception) -> InputError:
+    """What to raise for a parquet file that ``error`` was raised for."""
     why = " ".join(str(error).split())[:200]
     return InputError(f"{path} cannot be read as parquet: {why}; make it again, or take a copy of it")
 
 
-def _read_parquet(path: Path, compact: Collection[str]) -> list[dict[str, Any]]:
-    """Part by part, since a table and its records together are twice what is needed."""
+def _parquet_parts(path: Path, compact: Collection[str]) -> Iterator[list[dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records: list[dict[str, Any]] = []
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=_PART):
-                records += _records(pa.Table.from_batches([batch]), compact)
+            for batch in file.iter_batches(batch_size=PART):
+                yield records_of(pa.Table.from_batches([batch]), compact)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: bad UTF-8, bad dates
-        raise _unreadable(path, error) from None
-    return records
+        raise unreadable(path, error) from None
 
 
-def _records(table: pa.Table, compact: Collection[str]) -> list[dict[str, Any]]:
+def records_of(table: pa.Table, compact: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a table as :func:`read_records` gives them."""
     short = [name for name in compact if name in table.column_names and _is_compact(table[name])]
     records = table.drop_columns(short).to_pylist() if short else table.to_pylist()
     for name in short:
@@ -165,18 +191,16 @@ def _arrays(column: pa.ChunkedArray) -> Iterator[array[Any] | None]:
             yield None if length is None else array(code, values[start:end].tobytes())
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    records = []
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:  # Windows writes a mark at the start
             # not splitlines(): JSON strings may hold U+2028, which is not the end of a record
             for number, line in enumerate(file):
                 if line.strip():
-                    records.append(_parse(path, number, line))
+                    yield _parse(path, number, line)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    return records
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _asked_otherwise(model: str, messages: Sequence[Mapping[str, str]]) -> list[
 def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:
     kept = ("n", "temperature", "top_p", "top_k", "max_tokens", "prompt", "limit", "seed")
     levels = {problem.id: problem.level for problem in benchmark.problems}
-    rows = [vars(sample) for sample in samples]
+    rows = [_counted(sample) for sample in samples]
     return {
         "model": model,
         "benchmark": benchmark.name,
@@ -115,6 +115,12 @@ def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples
         **summarize(rows, [problem.id for problem in benchmark.problems], config["n"], levels),
         "origin": benchmark.origin,
     }
+
+
+def _counted(sample: Sample) -> dict[str, Any]:
+    """What the numbers are made of, without text and tokens."""
+    kept = ("problem_id", "index", "grade", "qwen", "answer", "num_tokens", "finish_reason")
+    return {name: getattr(sample, name) for name in kept}
 
 
 def _write(folder: Path, config: Mapping[str, Any], result: dict[str, Any], samples: Sequence[Sample]) -> None:
@@ -126,7 +132,7 @@ def _write(folder: Path, config: Mapping[str, Any], result: dict[str, Any], samp
     result |= {"versions": versions(), "command": command_line()}
     result |= {"written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     (folder / "result.json").unlink(missing_ok=True)
-    write_samples(folder / "samples.parquet", samples)
+    write_samples(folder / "samples.parquet", samples, None if config.get("want_logp") else False)
     write_json(folder / "config.json", identity(config, _VOLATILE))
     write_json(folder / "result.json", result)
     write_report(folder)

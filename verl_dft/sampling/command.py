@@ -1,7 +1,7 @@
 """``verl-dft sample``: graded responses to a set of problems, which the builders make training data of."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
         (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
         statistics = statistics_of(samples, [problem.id for problem in problems])
         write_problems(folder / "problems.jsonl", problems)
-        write_samples(folder / "samples.parquet", samples)
+        write_samples(folder / "samples.parquet", samples, None if config["want_logp"] else False)
         facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
         write_manifest(
             folder / "samples.parquet",
@@ -117,19 +117,26 @@ def _problems(config: Mapping[str, Any]) -> list[Problem]:
     return problems_of(config["data"], config["limit"])
 
 
-def statistics_of(samples: Sequence[Sample], problem_ids: Sequence[str]) -> dict[str, Any]:
+def statistics_of(samples: Iterable[Sample], problem_ids: Sequence[str]) -> dict[str, Any]:
     """Counts of samples, verdicts, tokens and problems, and how many of each problem's samples were right."""
-    right = Counter(sample.problem_id for sample in samples if sample.correct)
-    tokens = sum(sample.num_tokens for sample in samples)
+    right: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    tokens = 0
+    for sample in samples:  # once: they may be read from the disk
+        right[sample.problem_id] += sample.correct
+        verdicts[sample.grade] += 1
+        reasons[sample.finish_reason] += 1
+        tokens += sample.num_tokens
     per_problem = Counter(right[problem] for problem in problem_ids)
     return {
         "problems": len(problem_ids),
         "problems_solved": sum(right[problem] > 0 for problem in problem_ids),
-        "samples": len(samples),
-        "verdicts": dict(Counter(sample.grade for sample in samples).most_common()),
-        "finish_reasons": dict(Counter(sample.finish_reason for sample in samples).most_common()),
+        "samples": verdicts.total(),
+        "verdicts": dict(verdicts.most_common()),
+        "finish_reasons": dict(reasons.most_common()),
         "tokens": tokens,
-        "tokens_per_sample": round(tokens / max(len(samples), 1), 1),
+        "tokens_per_sample": round(tokens / max(verdicts.total(), 1), 1),
         "problems_by_num_correct": {str(k): per_problem[k] for k in sorted(per_problem)},
     }
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from verl_dft.data.lazy import LazySequence
 from verl_dft.errors import InputError
 from verl_dft.grading.pool import VERDICTS
 
-_PART = 4096
-"""Samples of a row group."""
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from verl_dft.data.row_groups import RowGroups
+
+_COMPACT = ("token_ids", "logp")
 _NEEDED = ("problem_id", "index", "response", "finish_reason", "grade")
 
 
@@ -51,54 +56,127 @@ class Sample:
         return self.grade == "correct"
 
 
-def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
-    """Samples as parquet, atomically; ``logp`` is left out where no sample has it."""
+_FIELDS = frozenset(field.name for field in fields(Sample))
+
+
+def write_samples(path: str | Path, samples: Sequence[Sample], with_logp: bool | None = None) -> None:
+    """Samples as parquet, atomically, in row groups of 4,096.
+
+    Args:
+        samples: gone through in order, no more than a row group's at a time: once, where ``with_logp`` is given.
+        with_logp: whether the file has the column ``logp``; None: where a sample has it, for which all are looked
+            through first.
+    """
     import pyarrow as pa
 
-    from verl_dft.data.tables import write_in_parts
+    from verl_dft.data.tables import in_parts, write_in_parts
     from verl_dft.files import atomic_write
 
-    names = [field.name for field in fields(Sample)]
-    if all(sample.logp is None for sample in samples):
-        names.remove("logp")
+    if with_logp is None:
+        with_logp = any(sample.logp is not None for sample in samples)
+    names = [field.name for field in fields(Sample) if with_logp or field.name != "logp"]
     special = {"token_ids": pa.list_(pa.int64()), "logp": pa.list_(pa.float64())}
     special |= dict.fromkeys(("index", "seed", "num_tokens"), pa.int64())
     schema = pa.schema([(name, special.get(name, pa.string())) for name in names])
 
-    def part(start: int) -> pa.Table:
-        chosen = samples[start : start + _PART]
-        return pa.table([[_storable(getattr(one, name)) for one in chosen] for name in names], schema=schema)
+    def table(part: Sequence[Sample]) -> pa.Table:
+        assert with_logp or all(sample.logp is None for sample in part), "log-probs would be lost"
+        return pa.table([[_storable(getattr(one, name)) for one in part] for name in names], schema=schema)
 
     with atomic_write(path, "wb") as file:
-        write_in_parts(map(part, range(0, len(samples), _PART)), schema, file)
+        write_in_parts(map(table, in_parts(samples)), schema, file)
 
 
-def read_samples(paths: str | Path | Sequence[str | Path]) -> list[Sample]:
+class StoredSamples(LazySequence[Sample]):
+    """Samples in their files, one file after the other: each is read when it is used, and made anew each time.
+
+    Attributes:
+        problem_ids: of each sample.
+    """
+
+    def __init__(self) -> None:
+        self.problem_ids: list[str] = []
+        self._files: list[tuple[int, Path, RowGroups | list[Sample]]] = []
+        """With the number of the file's first sample."""
+
+    def add(self, path: Path, samples: RowGroups | list[Sample], problem_ids: Sequence[str]) -> None:
+        """The samples of one more file."""
+        self._files.append((len(self), path, samples))
+        self.problem_ids += problem_ids
+
+    def __len__(self) -> int:
+        return len(self.problem_ids)
+
+    def item(self, index: int) -> Sample:
+        first, _, samples = next(file for file in reversed(self._files) if file[0] <= index)
+        found = samples[index - first]
+        return found if isinstance(found, Sample) else _sample(found)
+
+    def place(self, index: int) -> str:
+        """File and row of a sample, for messages."""
+        first, path, _ = next(file for file in reversed(self._files) if file[0] <= index)
+        return f"{path}: row {index - first}"
+
+
+def read_samples(paths: str | Path | Sequence[str | Path]) -> StoredSamples:
     """Samples of one or several files (or of folders that hold ``samples.parquet``), one after the other.
 
+    All are checked here; only an index stays in memory, and texts, ids and log-probs are read when a sample is used. A
+    file that is no parquet, or that has row groups of more than 16,384, is kept in memory instead.
+
     Raises:
-        InputError: missing file or column, unknown verdict, or the same problem, prompt and index twice.
+        InputError: missing file or column, unknown verdict, or the same problem, prompt and index twice. Later, where
+            a sample is used: its file was changed meanwhile.
     """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    found, seen = StoredSamples(), _Seen({}, {})
+    for path in map(_file, paths):
+        _add_file(found, path, seen)
+    return found
+
+
+@dataclass
+class _Seen:
+    """What samples were read, to find one that is there twice, and the texts that many of them share."""
+
+    numbers: dict[tuple[Any, ...], int]
+    texts: dict[str, str]
+
+
+def _add_file(found: StoredSamples, path: Path, seen: _Seen) -> None:
+    """Check a file's samples and add them."""
     from verl_dft.data import tables
 
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    known = {field.name for field in fields(Sample)}
-    samples: list[Sample] = []
-    seen: dict[tuple[Any, ...], str] = {}
-    for path in map(_file, paths):
-        records = tables.read_records(path, compact=("token_ids", "logp"))
-        tables.need_columns(path, records, _NEEDED)
-        for row, record in enumerate(records):
-            where = f"{path}: row {row}"
+    groups, held, problem_ids = _row_groups(path), [], []
+    for records in tables.read_parts(path, compact=_COMPACT):
+        tables.need_columns(path, records, _NEEDED, first=len(problem_ids))
+        for record in records:
+            where = f"{path}: row {len(problem_ids)}"
             if record["grade"] not in VERDICTS:
                 raise InputError(f"{where}: grade is {record['grade']!r}; use one of {', '.join(VERDICTS)}")
-            sample = _checked(where, {key: value for key, value in record.items() if key in known})
-            key = (sample.problem_id, sample.model, sample.prompt_name, sample.index)
-            if key in seen:
-                raise InputError(f"{where}: sample {sample.index} of problem {sample.problem_id} is also {seen[key]}")
-            seen[key] = where
-            samples.append(sample)
-    return samples
+            _check(where, record)
+            sample = _sample(record)
+            problem_id, model, prompt = (
+                seen.texts.setdefault(text, text) for text in (sample.problem_id, sample.model, sample.prompt_name)
+            )
+            key, number = (problem_id, model, prompt, sample.index), len(found) + len(problem_ids)
+            if (earlier := seen.numbers.setdefault(key, number)) != number:
+                there = found.place(earlier) if earlier < len(found) else f"{path}: row {earlier - len(found)}"
+                raise InputError(f"{where}: sample {sample.index} of problem {sample.problem_id} is also {there}")
+            problem_ids.append(problem_id)
+            if groups is None:
+                held.append(sample)
+    found.add(path, held if groups is None else groups, problem_ids)
+
+
+def _row_groups(path: Path) -> RowGroups | None:
+    """A parquet file's row groups where they can be read one at a time."""
+    from verl_dft.data.row_groups import RowGroups
+
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return None
+    groups = RowGroups(path, _COMPACT)
+    return groups if groups.small else None
 
 
 def _storable(value: Any) -> Any:
@@ -106,14 +184,18 @@ def _storable(value: Any) -> Any:
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
-def _checked(where: str, record: dict[str, Any]) -> Sample:
-    """A sample of the right types; a null stands for what a column's default is. Raises InputError."""
+def _check(where: str, record: dict[str, Any]) -> None:
+    """Raise InputError for a needed column of another type."""
     for name in _NEEDED:
         wanted = int if name == "index" else str
         if not isinstance(record[name], wanted) or isinstance(record[name], bool):
             kind = "a whole number" if wanted is int else "text"
             raise InputError(f"{where}: column {name!r} is {record[name]!r}; it must be {kind}")
-    return Sample(**{name: value for name, value in record.items() if value is not None})
+
+
+def _sample(record: dict[str, Any]) -> Sample:
+    """A sample of a checked record; a null stands for what a column's default is."""
+    return Sample(**{name: value for name, value in record.items() if name in _FIELDS and value is not None})
 
 
 def _file(path: str | Path) -> Path:

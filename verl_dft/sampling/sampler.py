@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from verl_dft.errors import InputError
-from verl_dft.grading.pool import Grade, GraderPool
+from verl_dft.grading.pool import GraderPool
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.engine import SampleRequest, context_length, load_config
 from verl_dft.sampling.fingerprint import model_fingerprint
+from verl_dft.sampling.graded import GradedSamples
 from verl_dft.sampling.grader import BackgroundGrader
 from verl_dft.sampling.progress import Progress
-from verl_dft.sampling.record import Sample
 from verl_dft.sampling.seeds import sample_seed
 from verl_dft.sampling.shards import Sampled, Wanted, missing_of, sample_all
 from verl_dft.sampling.shared import start_engine
 from verl_dft.sampling.source import TextSource
-from verl_dft.sampling.store import SampleStore, StoredSample, sample_key
+from verl_dft.sampling.store import SampleStore, sample_key
 from verl_dft.sampling.watch import ShardWatch
 
 # How much memory an engine takes changes no text, and a prompt's room is in its requests.
@@ -115,8 +115,10 @@ class Sampler:
         self._reserved = max([self._reserved, *(self._length(w.request) for w in self._wanted(asks))])
         return self._reserved
 
-    def sample(self, asks: Sequence[Ask], name: str = "samples") -> list[Sample]:
+    def sample(self, asks: Sequence[Ask], name: str = "samples") -> GradedSamples:
         """A graded sample for each ask, in order, from the store where it is there.
+
+        What is returned reads the samples from the store as they are used: go through it in order, and not often.
 
         The asks of one call, in their order, make up shards of ``shard_size``, the unit that is generated and resumed.
 
@@ -134,13 +136,10 @@ class Sampler:
             watch = ShardWatch(grader, progress, items)
             sampled = self._sample(wanted, watch)
             begun = time.monotonic()
-            grades = watch.finish(sampled.samples)
+            grades = grader.finish()
             self.seconds["grading"] += round(time.monotonic() - begun, 2)
         self._count(sampled, watch.num_tokens)
-        return [
-            _sample(self.model, ask, stored, grades[stored.key])
-            for ask, stored in zip(asks, sampled.samples, strict=True)
-        ]
+        return GradedSamples(self.model, asks, sampled.samples, [grades[want.key] for want in wanted])
 
     def plan(self, asks: Sequence[Ask]) -> dict[str, int]:
         """What sampling these would take: samples, those stored already, prompt tokens, and response tokens at most.
@@ -266,26 +265,3 @@ def _opener(model: str, config: Mapping[str, Any], source: TextSource | OpenSour
 
 def _stream_id(ask: Ask) -> str:
     return f"{ask.stream}/{ask.problem_id}" if ask.stream else ask.problem_id
-
-
-def _sample(model: str, ask: Ask, stored: StoredSample, grade: Grade) -> Sample:
-    text = stored.text
-    return Sample(
-        problem_id=ask.problem_id,
-        index=ask.index,
-        response=text.text,
-        finish_reason=text.finish_reason,
-        grade=grade.verdict,
-        problem=ask.problem,
-        gold=ask.gold,
-        seed=stored.seed,
-        model=model,
-        prompt_name=ask.prompt_name,
-        token_ids=text.token_ids or None,
-        num_tokens=text.num_tokens,
-        logp=text.logp,
-        qwen=grade.qwen,
-        answer=grade.answer,
-        rule=grade.rule,
-        detail=grade.detail,
-    )

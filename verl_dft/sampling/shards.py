@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_dft.data.lazy import LazySequence
 from verl_dft.errors import InputError
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
+from verl_dft.sampling.shard_file import StoredSample, read_shard, shard_id
 from verl_dft.sampling.source import TextSource
-from verl_dft.sampling.store import SampleStore, Shard, StoredSample, read_shard, shard_id
+from verl_dft.sampling.store import SampleStore
 
 # Without `deterministic`, so many shards are generated in one call: the end of a call, where few sequences are left to
 # run, is then met less often.
@@ -36,6 +38,19 @@ OnShard = Callable[[Sequence[Wanted], Sequence[StoredSample]], None]
 """Told of a shard: what was wanted, and the sample of each, in order."""
 
 
+class WantedSamples(LazySequence[StoredSample]):
+    """Samples in the order they were wanted, read from the store as they are used, one after the other best."""
+
+    def __init__(self, store: SampleStore, places: Sequence[tuple[str, int]]) -> None:
+        self._store, self._places = store, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def item(self, index: int) -> StoredSample:
+        return self._store.sample(self._places[index])
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The samples in the order they were wanted, and how they came about.
@@ -44,7 +59,7 @@ class Sampled:
     worked at a time; ``facts`` are those of each distinct source that had a part.
     """
 
-    samples: list[StoredSample]
+    samples: WantedSamples
     facts: list[dict[str, Any]]
     seconds: float
     num_reused: int
@@ -75,7 +90,7 @@ def sample_all(
         on_progress: called with the number of samples just obtained.
         on_shard: called once per shard when its samples are in the store: first for those found there, then for each
             new one as it is finished, so that grading can go on beside generation. Without ``deterministic``, the
-            samples found are one call. Runs in this thread: what takes long belongs into another.
+            samples found come in lots of ``shard_size``. Runs in this thread: what takes long belongs into another.
         num_parallel: shards that the source works on at a time; without ``deterministic`` calls are then kept small
             enough for all to have work.
 
@@ -98,14 +113,13 @@ def sample_all(
                 members = missing[number]
                 tell_shard(members, store.append(_stored(members, texts), facts, seconds).samples)
                 tell(len(members))
-    used = _used(store, wanted, shard_size, deterministic)
-    by_key = {sample.key: sample for shard in reversed(used) for sample in shard.samples}
-    assert all(want.key in by_key for want in wanted), "a sample is missing"
+    places = _places(store, wanted, shard_size, deterministic)
+    used = [store.entry(id) for id in dict.fromkeys(id for id, _ in places)]
     facts: list[dict[str, Any]] = []
-    for shard in used:
-        facts += [] if shard.facts in facts else [shard.facts]
-    seconds = sum(shard.seconds for shard in used)
-    samples = [by_key[want.key] for want in wanted]
+    for entry in used:
+        facts += [] if entry.facts in facts else [entry.facts]
+    seconds = sum(entry.seconds for entry in used)
+    samples = WantedSamples(store, places)
     return Sampled(samples, facts, round(seconds, 2), len(wanted) - num_missing, num_missing)
 
 
@@ -115,7 +129,7 @@ def missing_of(folder: Path, wanted: Sequence[Wanted], config: Mapping[str, Any]
     Args:
         config: ``shard_size`` and ``deterministic``.
     """
-    shards = [shard for path in sorted(folder.glob("*.jsonl")) if (shard := read_shard(path)) is not None]
+    shards = (shard for path in sorted(folder.glob("*.jsonl")) if (shard := read_shard(path)) is not None)
     if not config["deterministic"]:
         stored = {sample.key for shard in shards for sample in shard.samples}
         return [want for want in wanted if want.key not in stored]
@@ -129,8 +143,8 @@ def _missing(
 ) -> list[Sequence[Wanted]]:
     if deterministic:
         chunks = _chunks(wanted, shard_size)
-        return [members for members in chunks if store.shard(shard_id([want.key for want in members])) is None]
-    pending = [want for want in wanted if store.find(want.key) is None]
+        return [members for members in chunks if not store.has_shard(_id(members))]
+    pending = [want for want in wanted if store.place(want.key) is None]
     at_once = min(_SHARDS_AT_ONCE, -(-len(pending) // (shard_size * num_parallel)))
     return _chunks(pending, shard_size * max(1, at_once))
 
@@ -140,25 +154,34 @@ def _found(
 ) -> Iterator[tuple[Sequence[Wanted], Sequence[StoredSample]]]:
     if deterministic:
         for members in _chunks(wanted, shard_size):
-            shard = store.shard(shard_id([want.key for want in members]))
+            shard = store.shard(_id(members))
             if shard is not None:
                 yield members, shard.samples
         return
-    both = [(want, sample) for want in wanted if (sample := store.find(want.key)) is not None]
-    if both:
-        yield [want for want, _ in both], [sample for _, sample in both]
+    found = [want for want in wanted if store.place(want.key) is not None]
+    for members in _chunks(found, shard_size):
+        yield members, [store.sample(place) for want in members if (place := store.place(want.key)) is not None]
+
+
+def _places(
+    store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool
+) -> list[tuple[str, int]]:
+    """Where each sample is. Everything is there now."""
+    if deterministic:
+        chunks = _chunks(wanted, shard_size)
+        places = [(id, i) for members in chunks if store.has_shard(id := _id(members)) for i in range(len(members))]
+    else:
+        places = [place for want in wanted if (place := store.place(want.key)) is not None]
+    assert len(places) == len(wanted), "a sample is missing"
+    return places
+
+
+def _id(members: Sequence[Wanted]) -> str:
+    return shard_id([want.key for want in members])
 
 
 def _chunks(wanted: Sequence[Wanted], size: int) -> list[Sequence[Wanted]]:
     return [wanted[i : i + size] for i in range(0, len(wanted), size)]
-
-
-def _used(store: SampleStore, wanted: Sequence[Wanted], shard_size: int, deterministic: bool) -> list[Shard]:
-    if deterministic:
-        found = [store.shard(shard_id([want.key for want in members])) for members in _chunks(wanted, shard_size)]
-        return [shard for shard in found if shard is not None]
-    keys = {want.key for want in wanted}
-    return [shard for shard in store.shards() if any(sample.key in keys for sample in shard.samples)]
 
 
 def _answers(

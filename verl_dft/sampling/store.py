@@ -1,19 +1,15 @@
 """An append-only store of samples, made so that a kill at any moment costs the shard in work and nothing else.
 
-A shard is a file of checksummed JSON lines: a header, its samples in order, and a commit record with the SHA-256
-of everything before it. It is written as ``<shard>.jsonl.part``, synced, and renamed; it counts only when
-the commit record is whole and agrees. Nothing committed is ever changed: a file that no longer agrees with its own
-commit record is moved aside, counted, and its samples are missing again.
+A shard (:mod:`verl_dft.sampling.shard_file`) is written as ``<shard>.jsonl.part``, synced, and renamed. Nothing
+committed is ever changed: a file that no longer agrees with its own commit record is moved aside, counted, and its
+samples are missing again.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-import re
-import zlib
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,31 +17,21 @@ from typing import Any
 from verl_dft.errors import InputError
 from verl_dft.failpoints import failpoint
 from verl_dft.files import writing
-from verl_dft.sampling.engine import GeneratedText, SampleRequest
+from verl_dft.sampling.engine import SampleRequest
+from verl_dft.sampling.shard_file import PART, Shard, StoredSample, parse_line, read_shard, shard_id, shard_lines
 
-_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})",(.*)\}\n', re.DOTALL)
-_FORMAT = 1
-_PART, _CORRUPT = ".part", ".corrupt"
+_CORRUPT = ".corrupt"
+_RECENT = 8
+"""Shards that are kept after they were read: samples wanted in one order may lie in several shards in turn."""
 # POSIX locks do not keep a process from itself, so what this one holds is remembered here.
 _held: set[tuple[int, Path]] = set()
 
 
 @dataclass(frozen=True)
-class StoredSample:
-    """One sample. ``key`` says what it is a sample of (:func:`sample_key`), ``index`` its number for that prompt."""
-
-    key: str
-    index: int
-    seed: int
-    text: GeneratedText
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A committed shard. ``facts``: of the source that wrote it; ``seconds``: its generation took."""
+class ShardEntry:
+    """What is kept in memory of a committed shard; its samples stay in its file."""
 
     id: str
-    samples: list[StoredSample]
     facts: dict[str, Any]
     seconds: float
 
@@ -82,18 +68,14 @@ def sample_key(writer: str, request: SampleRequest, index: int) -> str:
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
-def shard_id(keys: Sequence[str]) -> str:
-    """Identity of a shard: its members in their order."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:32]
-
-
 class SampleStore:
     """The samples of one folder, opened by one writer at a time. Close it, or use it as a context manager.
 
+    Every shard is checked on opening; in memory stay the samples' keys and the shards that were read last.
     ``recovery`` tells what was cleaned up on opening.
 
     Raises:
-        InputError: another process, or this one, has the store open.
+        InputError: another process, or this one, has the store open; a shard was damaged or removed meanwhile.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -101,8 +83,9 @@ class SampleStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(self.folder)
         self.recovery = Recovery()
-        self._shards: dict[str, Shard] = {}
-        self._by_key: dict[str, StoredSample] = {}
+        self._entries: dict[str, ShardEntry] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        self._recent: dict[str, Shard] = {}
         try:
             self._recover()
             self._load()
@@ -117,7 +100,11 @@ class SampleStore:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._by_key)
+        return len(self._places)
+
+    def has_shard(self, id: str) -> bool:
+        """Whether a shard is committed."""
+        return id in self._entries
 
     def close(self) -> None:
         """Let the next writer in. Safe to call twice."""
@@ -126,17 +113,27 @@ class SampleStore:
             os.close(self._lock)
             self._lock = None
 
-    def shards(self) -> list[Shard]:
-        """Every committed shard, in the order of their names."""
-        return [self._shards[name] for name in sorted(self._shards)]
+    def entry(self, id: str) -> ShardEntry:
+        """A committed shard without its samples."""
+        return self._entries[id]
 
     def shard(self, id: str) -> Shard | None:
-        """A committed shard, or None."""
-        return self._shards.get(id)
+        """A committed shard with its samples, or None."""
+        if id not in self._entries:
+            return None
+        shard = self._recent.pop(id, None) or self._read(id)
+        self._remember(shard)
+        return shard
 
-    def find(self, key: str) -> StoredSample | None:
-        """The sample of that key, whichever shard holds it, or None."""
-        return self._by_key.get(key)
+    def place(self, key: str) -> tuple[str, int] | None:
+        """Shard and position of the sample of that key, whichever shard holds it, or None."""
+        return self._places.get(key)
+
+    def sample(self, place: tuple[str, int]) -> StoredSample:
+        """The sample at a place."""
+        shard = self.shard(place[0])
+        assert shard is not None, "a place in no shard"
+        return shard.samples[place[1]]
 
     def append(self, samples: Sequence[StoredSample], facts: Mapping[str, Any], seconds: float) -> Shard:
         """Write a shard and commit it. When this returns, it survives a kill and a power cut.
@@ -145,19 +142,37 @@ class SampleStore:
         """
         assert self._lock is not None, "the store is closed"
         shard = Shard(shard_id([sample.key for sample in samples]), list(samples), dict(facts), round(seconds, 3))
-        if shard.id in self._shards:
-            return self._shards[shard.id]
+        if (committed := self.shard(shard.id)) is not None:
+            return committed
         with writing(self.folder):
             self._write(shard)
         self._add(shard)
+        self._remember(shard)
         return shard
+
+    def _read(self, id: str) -> Shard:
+        path = self.folder / f"{id}.jsonl"
+        try:
+            shard = read_shard(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); run the same command again") from None
+        if shard is None:
+            raise InputError(
+                f"{path} was changed while it was in use; run the same command again: what it held is generated anew"
+            )
+        return shard
+
+    def _remember(self, shard: Shard) -> None:
+        self._recent[shard.id] = shard
+        if len(self._recent) > _RECENT:
+            del self._recent[next(iter(self._recent))]
 
     def _write(self, shard: Shard) -> None:
         final = self.folder / f"{shard.id}.jsonl"
-        part = final.with_name(final.name + _PART)
+        part = final.with_name(final.name + PART)
         # Unbuffered: a line that was appended is in the file, so that a kill leaves what it would leave at that place.
         with open(part, "wb", buffering=0) as file:
-            for line in _lines(shard):
+            for line in shard_lines(shard):
                 file.write(line)
             failpoint("store.before_fsync")
             os.fsync(file.fileno())
@@ -168,12 +183,12 @@ class SampleStore:
         _sync_folder(self.folder)
 
     def _add(self, shard: Shard) -> None:
-        self._shards[shard.id] = shard
-        for sample in shard.samples:
-            self._by_key.setdefault(sample.key, sample)
+        self._entries[shard.id] = ShardEntry(shard.id, shard.facts, shard.seconds)
+        for position, sample in enumerate(shard.samples):
+            self._places.setdefault(sample.key, (shard.id, position))
 
     def _recover(self) -> None:
-        for part in sorted(self.folder.glob(f"*.jsonl{_PART}")):
+        for part in sorted(self.folder.glob(f"*.jsonl{PART}")):
             failpoint("store.before_recover")
             if read_shard(part) is not None:  # killed between the commit record and the rename
                 with open(part, "rb") as file:
@@ -182,7 +197,7 @@ class SampleStore:
                 continue
             content = part.read_bytes()
             whole, _, rest = content.rpartition(b"\n")
-            records = [_parse(line + b"\n") for line in whole.split(b"\n") if line]
+            records = [parse_line(line + b"\n") for line in whole.split(b"\n") if line]
             self.recovery.unfinished_shards += 1
             self.recovery.half_lines += bool(rest) + sum(record is None for record in records)
             self.recovery.dropped_samples += sum(record is not None and "sample" in record for record in records)
@@ -198,72 +213,6 @@ class SampleStore:
                 os.replace(path, path.with_name(path.name + _CORRUPT))
             else:
                 self._add(shard)
-
-
-def read_shard(path: str | Path) -> Shard | None:
-    """A shard from its file, or None where it is not whole and exactly as committed. Needs no lock."""
-    content = Path(path).read_bytes()
-    records = [_parse(line) for line in content.splitlines(keepends=True)]
-    if len(records) < 2 or any(record is None for record in records):
-        return None
-    header, *samples, last = (record or {} for record in records)
-    commit, head = last.get("commit"), header.get("header")
-    body = content[: content.rindex(b"\n", 0, -1) + 1]
-    if commit is None or head is None or head["format"] != _FORMAT or not all("sample" in s for s in samples):
-        return None
-    if commit["sha256"] != hashlib.sha256(body).hexdigest():
-        return None
-    found = [_sample(record["sample"]) for record in samples]
-    # A copy under another name would otherwise stand for a shard it is not.
-    if (
-        head["shard"] != shard_id([sample.key for sample in found])
-        or Path(path).name.removesuffix(_PART) != f"{head['shard']}.jsonl"
-    ):
-        return None
-    return Shard(head["shard"], found, head["facts"], commit["seconds"])
-
-
-def _lines(shard: Shard) -> Iterator[bytes]:
-    """The lines of a shard's file, each followed by the failpoint that says it was written."""
-    digest = hashlib.sha256()
-    records = [{"header": {"format": _FORMAT, "shard": shard.id, "facts": shard.facts}}]
-    records += [{"sample": _record(sample)} for sample in shard.samples]
-    for record in records:
-        failpoint("store.before_append")
-        line = _line(record)
-        digest.update(line)
-        yield line
-        failpoint("store.after_append")
-    failpoint("store.shard_commit")
-    yield _line({"commit": {"sha256": digest.hexdigest(), "seconds": shard.seconds}})
-
-
-def _record(sample: StoredSample) -> dict[str, Any]:
-    text = {name: value.tolist() if isinstance(value, array) else value for name, value in vars(sample.text).items()}
-    for name in ("logp", "reported_tokens"):  # not in older records
-        if text[name] is None:
-            del text[name]
-    return {"key": sample.key, "index": sample.index, "seed": sample.seed, **text, "num_tokens": sample.text.num_tokens}
-
-
-def _sample(record: Mapping[str, Any]) -> StoredSample:
-    optional = (record.get("logp"), record.get("reported_tokens"))
-    text = GeneratedText(record["token_ids"], record["text"], record["finish_reason"], *optional)
-    return StoredSample(record["key"], record["index"], record["seed"], text)
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    # ASCII: a lone surrogate, which a model can write, has no UTF-8 form; JSON's escapes keep it.
-    body = json.dumps(record, separators=(",", ":"))[1:-1].encode()
-    return b'{"crc32":"%08x",%s}\n' % (zlib.crc32(body), body)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None where the line is half-written or damaged."""
-    match = _LINE.fullmatch(line)
-    if match is None or int(match[1], 16) != zlib.crc32(match[2]):
-        return None
-    return json.loads(b"{" + match[2] + b"}")
 
 
 def _take_lock(folder: Path) -> int:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from verl_dft.grading.pool import Grade, GradeItem
+from verl_dft.grading.pool import GradeItem
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.grader import BackgroundGrader
 from verl_dft.sampling.progress import Progress
+from verl_dft.sampling.shard_file import StoredSample
 from verl_dft.sampling.shards import Wanted
-from verl_dft.sampling.store import StoredSample
 
 
 class ShardWatch:
@@ -15,7 +15,7 @@ class ShardWatch:
 
     def __init__(self, grader: BackgroundGrader, progress: Progress, asks: Mapping[str, Ask]) -> None:
         self._grader, self._progress, self._asks = grader, progress, asks
-        self._handed: dict[str, StoredSample] = {}
+        self._num_handed = 0
         self._num_reused: int | None = None
         self.num_tokens = 0
 
@@ -28,21 +28,13 @@ class ShardWatch:
     def on_shard(self, _: Sequence[Wanted], samples: Sequence[StoredSample]) -> None:
         """A shard whose samples are in the store, found there or new."""
         assert self._num_reused is not None
-        if len(self._handed) >= self._num_reused:
+        if self._num_handed >= self._num_reused:
             tokens = sum(sample.text.num_tokens for sample in samples)
             self.num_tokens += tokens
             self._progress.generated(len(samples), tokens)
-        self._submit(samples)
-
-    def _submit(self, samples: Sequence[StoredSample]) -> None:
-        self._handed |= {sample.key: sample for sample in samples}
+        self._num_handed += len(samples)
         items = [_grade_item(self._asks[sample.key], sample) for sample in samples]
         self._grader.submit([sample.key for sample in samples], items)
-
-    def finish(self, samples: Sequence[StoredSample]) -> dict[str, Grade]:
-        """Grades of these by key. Without ``deterministic`` two shards may hold a sample: the one in use counts."""
-        self._submit([sample for sample in samples if self._handed.get(sample.key) != sample])
-        return self._grader.finish()
 
 
 def _grade_item(ask: Ask, sample: StoredSample) -> GradeItem:

@@ -158,7 +158,12 @@ class PreferenceTrainer(DPOTrainer):
                 default_backend=list(trainer.logger),
                 config=OmegaConf.to_container(self.run.config, resolve=True),
             )
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            if self.tracker is not None:
+                self.tracker.bar.close()  # else it would come after the line that says what went wrong
+            raise
         if self.tracker is not None:
             self.tracker.summarize()
             self.tracker.finish()

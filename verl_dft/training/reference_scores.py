@@ -1,6 +1,7 @@
 """Log-probs of every row under the reference policy, computed once before the first step and kept beside the run.
 
-So no second model stays in memory while training (iw-SFT). A run that continues finds the file and computes nothing.
+So no second model stays in memory while training (iw-SFT). A run that continues finds the file, reads it once to see
+that it is whole, and computes nothing.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from verl_dft.data.dataset import RowDataset
 from verl_dft.errors import InputError
 from verl_dft.files import atomic_write, missing_files
 from verl_dft.training.batches import PaddedRows
+from verl_dft.training.checked_array import is_whole, write_array
 from verl_dft.training.checkpoint import PATIENCE_S
 
 
@@ -48,12 +50,12 @@ def add_reference_logp(trainer: Any, dp_size: int, dp_rank: int | None) -> None:
         if rows is None or "ref_logp" in rows.columns:
             continue
         file = Path(trainer.config.output_dir) / "data" / f"ref_logp-{name}.npy"
-        if not _agreed(file.is_file(), dp_rank):
+        if not _agreed(is_whole(file), dp_rank):
             scored = True
             values = _score(trainer, rows, name, dp_size, dp_rank)
             if values is not None:
                 with atomic_write(file, "wb") as stream:
-                    np.save(stream, values)
+                    write_array(stream, values)
             _barrier(dp_rank)
         if missing_files([file], PATIENCE_S):
             raise InputError(f"{file} is missing here: output_dir must lie on a file system that all nodes share")

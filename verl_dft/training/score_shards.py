@@ -6,8 +6,6 @@ missing ones, and ends with the bytes it would have had.
 
 from __future__ import annotations
 
-import io
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,24 +15,17 @@ from tqdm import tqdm
 
 from verl_dft.failpoints import failpoint
 from verl_dft.files import atomic_write, writing
+from verl_dft.training.checked_array import read_array, write_array
 from verl_dft.training.score_rows import ScoreRows, check_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-_CHECKSUM = 4
-"""Bytes of a checksum."""
-
-
 def shards_of(rows: ScoreRows, shard_size: int) -> list[np.ndarray]:
     """Row numbers of each shard: longest rows first, so that a shard's are of like length and memory runs out early."""
     order = np.argsort(-rows.lengths, kind="stable")
     return [order[start : start + shard_size] for start in range(0, len(order), shard_size)]
-
-
-def _checksum(array: bytes) -> bytes:
-    return zlib.crc32(array).to_bytes(_CHECKSUM, "little")
 
 
 class ShardStore:
@@ -55,14 +46,9 @@ class ShardStore:
 
     def read(self, number: int) -> np.ndarray | None:
         """[k, tokens of the shard's rows, one after the other], or None where it is missing or damaged."""
-        try:
-            written = self.path(number).read_bytes()
-        except OSError:
+        values = read_array(self.path(number))
+        if values is None:
             return None
-        array, checksum = written[:-_CHECKSUM], written[-_CHECKSUM:]
-        if _checksum(array) != checksum:
-            return None
-        values = np.load(io.BytesIO(array))
         tokens = int(self.rows.responses[self.shards[number]].sum())
         return values if values.shape == (self.num_values, tokens) and values.dtype == np.float32 else None
 
@@ -75,9 +61,7 @@ class ShardStore:
         check_values(self.rows, dict(zip(self.shards[number].tolist(), values, strict=True)))
         failpoint("score.before_write")
         with writing(self.folder), atomic_write(self.path(number), "wb") as file:
-            array = io.BytesIO()
-            np.save(array, np.concatenate(values, axis=1))
-            file.write(array.getvalue() + _checksum(array.getvalue()))
+            write_array(file, np.concatenate(values, axis=1))
             failpoint("score.before_rename")
         failpoint("score.after_write")
 

@@ -3,6 +3,7 @@
 import ray
 
 from verl_dft.errors import InputError
+from verl_dft.files import no_room
 from verl_dft.training.online.failures import RolloutFailed, RunFailed, one_line
 
 
@@ -29,6 +30,8 @@ def failure(error: BaseException, trouble: str | None, where: str, go_on: str) -
     cause = root_cause(error)
     if isinstance(cause, InputError):
         return InputError(one_line(cause))
+    if no_room(cause):
+        return RunFailed(f"the disk was full {where} ({one_line(cause)}); make room, then {go_on}")
     if trouble is not None:
         return RunFailed(f"{trouble} {where}; {go_on}")
     if isinstance(cause, RolloutFailed):
