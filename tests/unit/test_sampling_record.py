@@ -180,7 +180,8 @@ class Once(Sequence[Sample]):
 def test_samples_are_gone_through_once_where_it_is_known_what_they_have(
     tmp_path: Path, parts: None, with_logp: bool | None
 ) -> None:
-    samples = Once([*(replace(one, logp=None) for one in made(120)), *made(20, model="other")])
+    told = [one if with_logp is not False else replace(one, logp=None) for one in made(20, model="other")]
+    samples = Once([*(replace(one, logp=None) for one in made(120)), *told])
     write_samples(tmp_path / "samples.parquet", samples, with_logp)
     looked_through = [*range(121)] if with_logp is None else []
     assert samples.taken == [*looked_through, *range(140)]
@@ -190,3 +191,6 @@ def test_samples_are_gone_through_once_where_it_is_known_what_they_have(
         assert table["logp"].null_count == 120
     write_samples(tmp_path / "none.parquet", [replace(one, logp=None) for one in made(4)], True)
     assert pq.read_table(tmp_path / "none.parquet")["logp"].null_count == 4
+    with pytest.raises(AssertionError, match="would be lost"):
+        write_samples(tmp_path / "lost.parquet", made(4), False)
+    assert not (tmp_path / "lost.parquet").exists()
