@@ -41,7 +41,10 @@ def source() -> Any:
     class Source(ScriptedSource):
         def generate(self, requests: Any) -> list[GeneratedText]:
             found = super().generate(requests)
-            return [replace(one, token_ids=[256 + i for i in one.token_ids], logp=_logp(one)) for one in found]
+            return [
+                replace(one, token_ids=[256 + i for i in one.token_ids], logp=_logp(one) if request.want_logp else None)
+                for one, request in zip(found, requests, strict=True)
+            ]
 
     return Source(TEXTS)
 
