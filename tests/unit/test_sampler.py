@@ -12,12 +12,14 @@ from store_helpers import PLACES, killed
 from verl_dft.data.records import read_problems
 from verl_dft.errors import InputError
 from verl_dft.paths import recipes_dir
+from verl_dft.sampling import store
 from verl_dft.sampling.ask import Ask, Sampling
 from verl_dft.sampling.command import asks_of, format_plan, main, plan, run
 from verl_dft.sampling.configure import compose_sampling, plain
 from verl_dft.sampling.engine import GeneratedText, SampleRequest
 from verl_dft.sampling.record import read_samples, write_samples
 from verl_dft.sampling.sampler import Sampler
+from verl_dft.sampling.shard_file import read_shard
 from verl_dft.sampling.source import ScriptedSource
 
 BASE = str(recipes_dir() / "tiny" / "base")
@@ -48,6 +50,21 @@ def test_samples_come_back_in_order_graded_and_once(tmp_path: Path) -> None:
         right = f"boxed{{{sample.gold}}}" in sample.response
         assert sample.correct == right, sample
     assert len({s.seed for s in samples}) == 12
+
+
+def test_numbers_need_no_reading_and_a_file_reads_each_shard_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks, read = [_ask(str(number), index) for number in range(10) for index in range(3)], []
+    with Sampler(tmp_path / "store", BASE, {"shard_size": 2}, ScriptedSource(TEXTS)) as sampler:
+        samples = sampler.sample(asks)
+        monkeypatch.setattr(store, "read_shard", lambda path: read.append(path) or read_shard(path))
+        counted = list(samples.counted())
+        assert not read
+        write_samples(tmp_path / "samples.parquet", samples, False)
+        assert len(read) == len(set(read)) == 15
+        for sample, numbers in zip(samples, counted, strict=True):
+            assert {name: getattr(sample, name) for name in numbers} == numbers
 
 
 def test_streams_have_luck_of_their_own(tmp_path: Path) -> None:

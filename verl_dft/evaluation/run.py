@@ -16,6 +16,7 @@ from verl_dft.evaluation.samples import wanted_samples
 from verl_dft.evaluation.summary import summarize
 from verl_dft.sampling.configure import check_count, check_sampler, plain, sampling_of
 from verl_dft.sampling.folder import STORE, VOLATILE, check_folder, identity
+from verl_dft.sampling.graded import GradedSamples
 from verl_dft.sampling.record import Sample, write_samples
 from verl_dft.sampling.sampler import OpenSource, Sampler
 from verl_dft.sampling.source import TextSource
@@ -104,10 +105,10 @@ def _asked_otherwise(model: str, messages: Sequence[Mapping[str, str]]) -> list[
     return training_warnings(model, load_tokenizer(model), [message["role"] for message in messages])
 
 
-def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:
+def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples: GradedSamples) -> dict[str, Any]:
     kept = ("n", "temperature", "top_p", "top_k", "max_tokens", "prompt", "limit", "seed")
     levels = {problem.id: problem.level for problem in benchmark.problems}
-    rows = [_counted(sample) for sample in samples]
+    rows = list(samples.counted())
     return {
         "model": model,
         "benchmark": benchmark.name,
@@ -115,12 +116,6 @@ def _result(config: Mapping[str, Any], model: str, benchmark: Benchmark, samples
         **summarize(rows, [problem.id for problem in benchmark.problems], config["n"], levels),
         "origin": benchmark.origin,
     }
-
-
-def _counted(sample: Sample) -> dict[str, Any]:
-    """What the numbers are made of, without text and tokens."""
-    kept = ("problem_id", "index", "grade", "qwen", "answer", "num_tokens", "finish_reason")
-    return {name: getattr(sample, name) for name in kept}
 
 
 def _write(folder: Path, config: Mapping[str, Any], result: dict[str, Any], samples: Sequence[Sample]) -> None:

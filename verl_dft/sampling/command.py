@@ -9,7 +9,7 @@ from verl_dft.data.records import Problem, write_problems
 from verl_dft.sampling.ask import Ask
 from verl_dft.sampling.configure import check_count, compose_sampling, plain, sampling_of
 from verl_dft.sampling.folder import STORE, check_folder, identity
-from verl_dft.sampling.record import Sample, write_samples
+from verl_dft.sampling.record import write_samples
 from verl_dft.sampling.sampler import OpenSource, Sampler
 from verl_dft.sampling.source import TextSource
 
@@ -91,7 +91,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
     with Sampler(folder / STORE, model, config, source) as sampler:
         samples = sampler.sample(asks)
         (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
-        statistics = statistics_of(samples, [problem.id for problem in problems])
+        statistics = statistics_of(samples.counted(), [problem.id for problem in problems])
         write_problems(folder / "problems.jsonl", problems)
         write_samples(folder / "samples.parquet", samples, None if config["want_logp"] else False)
         facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
@@ -117,17 +117,21 @@ def _problems(config: Mapping[str, Any]) -> list[Problem]:
     return problems_of(config["data"], config["limit"])
 
 
-def statistics_of(samples: Iterable[Sample], problem_ids: Sequence[str]) -> dict[str, Any]:
-    """Counts of samples, verdicts, tokens and problems, and how many of each problem's samples were right."""
+def statistics_of(samples: Iterable[Mapping[str, Any]], problem_ids: Sequence[str]) -> dict[str, Any]:
+    """Counts of samples, verdicts, tokens and problems, and how many of each problem's samples were right.
+
+    Args:
+        samples: as :meth:`verl_dft.sampling.graded.GradedSamples.counted` gives them.
+    """
     right: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     tokens = 0
-    for sample in samples:  # once: they may be read from the disk
-        right[sample.problem_id] += sample.correct
-        verdicts[sample.grade] += 1
-        reasons[sample.finish_reason] += 1
-        tokens += sample.num_tokens
+    for sample in samples:
+        right[sample["problem_id"]] += sample["grade"] == "correct"
+        verdicts[sample["grade"]] += 1
+        reasons[sample["finish_reason"]] += 1
+        tokens += sample["num_tokens"]
     per_problem = Counter(right[problem] for problem in problem_ids)
     return {
         "problems": len(problem_ids),

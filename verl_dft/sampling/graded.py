@@ -1,6 +1,7 @@
 """What a sampler returns: a graded sample for each ask, read from the store when it is looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from verl_dft.data.lazy import LazySequence
 from verl_dft.grading.pool import Grade
@@ -10,23 +11,39 @@ from verl_dft.sampling.shard_file import StoredSample
 
 
 class GradedSamples(LazySequence[Sample]):
-    """Asks, what the store has for them, and the verdicts, in the same order.
+    """Asks, what the store has for them, and how they ended, in the same order.
 
     In memory are the asks and the verdicts; texts, ids and log-probs are read where a sample is taken out. The store
     keeps the last few shards, so going through in order reads each once.
+
+    Args:
+        told: of each, the grade, why it ended, and its number of tokens.
     """
 
     def __init__(
-        self, model: str, asks: Sequence[Ask], stored: Sequence[StoredSample], grades: Sequence[Grade]
+        self, model: str, asks: Sequence[Ask], stored: Sequence[StoredSample], told: Sequence[tuple[Grade, str, int]]
     ) -> None:
-        assert len(asks) == len(stored) == len(grades)
-        self._model, self._asks, self._stored, self._grades = model, asks, stored, grades
+        assert len(asks) == len(stored) == len(told)
+        self._model, self._asks, self._stored, self._told = model, asks, stored, told
+
+    def counted(self) -> Iterator[dict[str, Any]]:
+        """What numbers are made of, by the names of :class:`Sample`'s fields, without reading the store."""
+        for ask, (grade, finish_reason, num_tokens) in zip(self._asks, self._told, strict=True):
+            yield {
+                "problem_id": ask.problem_id,
+                "index": ask.index,
+                "grade": grade.verdict,
+                "qwen": grade.qwen,
+                "answer": grade.answer,
+                "finish_reason": finish_reason,
+                "num_tokens": num_tokens,
+            }
 
     def __len__(self) -> int:
         return len(self._asks)
 
     def item(self, index: int) -> Sample:
-        return _sample(self._model, self._asks[index], self._stored[index], self._grades[index])
+        return _sample(self._model, self._asks[index], self._stored[index], self._told[index][0])
 
 
 class Joined(LazySequence[Sample]):

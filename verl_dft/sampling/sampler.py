@@ -139,7 +139,8 @@ class Sampler:
             grades = grader.finish()
             self.seconds["grading"] += round(time.monotonic() - begun, 2)
         self._count(sampled, watch.num_tokens)
-        return GradedSamples(self.model, asks, sampled.samples, [grades[want.key] for want in wanted])
+        told = [(grades[want.key], *watch.ends[want.key]) for want in wanted]
+        return GradedSamples(self.model, asks, sampled.samples, told)
 
     def plan(self, asks: Sequence[Ask]) -> dict[str, int]:
         """What sampling these would take: samples, those stored already, prompt tokens, and response tokens at most.

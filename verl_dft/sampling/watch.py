@@ -1,5 +1,6 @@
 """Between ``sample_all`` and those who watch it: a progress display and a grader."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from verl_dft.grading.pool import GradeItem
@@ -15,7 +16,8 @@ class ShardWatch:
 
     def __init__(self, grader: BackgroundGrader, progress: Progress, asks: Mapping[str, Ask]) -> None:
         self._grader, self._progress, self._asks = grader, progress, asks
-        self._num_handed = 0
+        self.ends: dict[str, tuple[str, int]] = {}
+        """Of each sample by its key: why it ended, and its tokens."""
         self._num_reused: int | None = None
         self.num_tokens = 0
 
@@ -28,11 +30,11 @@ class ShardWatch:
     def on_shard(self, _: Sequence[Wanted], samples: Sequence[StoredSample]) -> None:
         """A shard whose samples are in the store, found there or new."""
         assert self._num_reused is not None
-        if self._num_handed >= self._num_reused:
+        if len(self.ends) >= self._num_reused:
             tokens = sum(sample.text.num_tokens for sample in samples)
             self.num_tokens += tokens
             self._progress.generated(len(samples), tokens)
-        self._num_handed += len(samples)
+        self.ends |= {one.key: (sys.intern(one.text.finish_reason), one.text.num_tokens) for one in samples}
         items = [_grade_item(self._asks[sample.key], sample) for sample in samples]
         self._grader.submit([sample.key for sample in samples], items)
 
