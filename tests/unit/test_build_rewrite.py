@@ -119,6 +119,7 @@ def test_a_wrong_rule_is_detected(wave_size: int | None, planner: type[RewritePl
     assert _p_fit(wrong) < 1e-6 and _p_same(_literal(), wrong) < 1e-6
 
 
+@pytest.mark.slow
 def test_stages_that_share_their_luck_are_detected() -> None:
     assert _p_fit(_draw(make_options(N, 2), 2, shared_luck=True)) < 1e-6
 

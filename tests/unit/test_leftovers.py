@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from process_helpers import of_mark, of_session
 
 BASE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "base"
 SMALL = ["data=arithmetic", "data.source.num_rows=16", "data.source.num_val=0"]
@@ -38,29 +38,6 @@ COSTLY = {
     "score": (["score", f"model={BASE}", *SMALL, "data.max_length=256", "output_dir=out"], 0),
     "rl refused": (["rl", "algorithm=grpo", f"model={BASE}", "data=nowhere.jsonl", "output_dir=out"], 2),
 }  # fmt: skip
-
-
-def of_session(session: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess, PermissionError):
-            continue
-    return found
-
-
-def of_mark(mark: str) -> list[psutil.Process]:
-    """Processes that inherited our environment, whatever session they have gone to."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("VERL_DFT_LEFTOVERS") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def shared_memory(mark: float) -> set[str]:

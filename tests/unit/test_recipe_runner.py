@@ -77,7 +77,7 @@ def test_there_are_recipes() -> None:
     assert set(shared_scales()) == set(SCALES)
 
 
-QUICK = ("gft/sft_gft_grpo", "data_rewriting/table2")
+QUICK = ("data_rewriting/table2",)
 """Recipes that are composed at the tiny scale in every run of the tests; all, at every scale, among the slow ones."""
 COMPOSED = [
     pytest.param(name, scale, marks=() if name in QUICK and scale == "tiny" else pytest.mark.slow)
@@ -231,6 +231,7 @@ def test_a_scale_for_gpus_is_not_run_without_one(capsys: pytest.CaptureFixture[s
 # ---- what is shown ----
 
 
+@pytest.mark.slow
 def test_lines_for_a_cluster(recipe: Path) -> None:
     step = planned(recipe, "scale=paper")["train-sft-1"]
     (line,) = cluster_lines(step)

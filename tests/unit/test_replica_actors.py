@@ -2,13 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 import replica_helpers
+from process_helpers import of_mark
 from replica_helpers import TEXTS, Make, plain_text
 
 from verl_dft.errors import InputError
@@ -211,9 +212,10 @@ def test_a_call_given_up_leaves_the_pool_usable_and_a_change_reaches_every_actor
 
 DYING = """
 import os, signal, sys, threading, time
-import psutil, ray
+import psutil
 from verl_dft.errors import MachineFailed
 from verl_dft.sampling.actors import ActorPool
+from verl_dft.sampling.cluster import ray_session
 
 def make(_):
     time.sleep(600)
@@ -224,18 +226,22 @@ def kill_raylet():
         if child.name() == "raylet":
             child.kill()
 
-ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR", log_to_driver=False)
-threading.Thread(target=kill_raylet).start()
-try:
-    ActorPool(make, 1, {"CPU": 1})
-except MachineFailed as error:
-    print(error, flush=True)
-os._exit(0)  # ray.shutdown would wait for the raylet
+os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+with ray_session(num_cpus=2):
+    threading.Thread(target=kill_raylet).start()
+    try:
+        ActorPool(make, 1, {"CPU": 1})
+    except MachineFailed as error:
+        print(error, flush=True)
 """
 
 
 @pytest.mark.slow
-def test_a_start_that_nobody_will_finish_ends(run_command) -> None:
-    """The machine's raylet is killed while the first source is made: no answer will ever come."""
-    code, stdout, stderr = run_command([sys.executable, "-c", DYING], timeout=120)
+@pytest.mark.integration
+@pytest.mark.alone
+def test_a_start_that_nobody_will_finish_ends(run_command: Callable, tmp_path: Path) -> None:
+    """The machine's raylet is killed while the first source is made: no answer will ever come. Nothing of Ray stays."""
+    mark = str(tmp_path)
+    code, stdout, stderr = run_command([sys.executable, "-c", DYING], timeout=120, env={"VERL_DFT_LEFTOVERS": mark})
     assert code == 0 and "Ray on this machine has died" in stdout, stderr[-2000:]
+    assert [process.cmdline() for process in of_mark(mark)] == []

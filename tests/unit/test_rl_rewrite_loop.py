@@ -238,6 +238,7 @@ def prompts(tmp_path: Path, tokenizer: Any, problems: list[Problem], *overrides:
     return prepare_prompts(config, tokenizer, tmp_path / "run" / "data")["train"]
 
 
+@pytest.mark.slow
 def test_problems_that_cannot_be_rewritten_are_left_out_and_counted(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,15 +3,17 @@
 import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
+import psutil
 import ray
 
 from verl_dft.errors import InputError
 
 # Requests and texts pass through it, a few megabytes a shard.
 _OBJECT_STORE_BYTES = 200_000_000
+_LEAVING_S = 3.0
 
 
 def engines_run_on_cpu() -> bool:
@@ -60,6 +62,7 @@ def ray_session(num_cpus: int) -> Iterator[None]:
         cpus = max(num_cpus, os.cpu_count() or 1)
         options |= {"address": "local", "_node_ip_address": "127.0.0.1", "num_cpus": cpus}
         options["object_store_memory"] = _OBJECT_STORE_BYTES
+    before = set(_descendants())
     try:
         with loopback_kept() if "address" in options else nullcontext():
             ray.init(**options)
@@ -67,10 +70,25 @@ def ray_session(num_cpus: int) -> Iterator[None]:
         address = os.environ.get("RAY_ADDRESS")
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start it, or unset it") from None
+    ours = [process for process in _descendants() if process not in before]
     try:
         yield
     finally:
         ray.shutdown()
+        _end(ours)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Wait a little for Ray's processes to leave, then kill them: its agents outlive a killed raylet by minutes."""
+    _, left = psutil.wait_procs(processes, timeout=_LEAVING_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_LEAVING_S)
 
 
 def check_room(bundle: Mapping[str, float], num_replicas: int) -> None:

@@ -1,0 +1,28 @@
+"""Processes that a command may have left behind."""
+
+import os
+
+import psutil
+
+
+def of_session(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess, PermissionError):
+            continue
+    return found
+
+
+def of_mark(mark: str) -> list[psutil.Process]:
+    """Processes that inherited our environment, whatever session they have gone to."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("VERL_DFT_LEFTOVERS") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
