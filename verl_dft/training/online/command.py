@@ -40,14 +40,19 @@ def main(argv: Sequence[str]) -> int:
         command = [sys.executable, "-m", "verl_dft.training.online.driver", str(path), str(os.getpid())]
         log = None if config.verbose else output / LOG_FILE
         if log:
-            print(f"starting Ray, verl and vLLM; what they print is in {log}", file=sys.stderr, flush=True)
+            print(f"starting Ray, verl and vLLM; what they print is in {_shown(log)}", file=sys.stderr, flush=True)
         begun = _step_of(config)
         with Progress(output, config.trainer.total_training_steps, begun) if log else nullcontext():
             env = environment(config) | temporaries_in(folder)
             code = supervise(command, env, output, config.trainer.default_local_dir, [lock], log)
         if code == 0:
-            print(f"trained; the model is in {output / 'model'}", file=sys.stderr, flush=True)
+            print(f"trained; the model is in {_shown(output / 'model')}", file=sys.stderr, flush=True)
         return code
+
+
+def _shown(path: Path) -> Path:
+    """As a user would name it: from here, where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def prepare(config: DictConfig, output: Path) -> Path:
