@@ -160,10 +160,9 @@ class PreferenceTrainer(DPOTrainer):
             )
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException:
+        finally:
             if self.tracker is not None:
                 self.tracker.bar.close()  # else it would come after the line that says what went wrong
-            raise
         if self.tracker is not None:
             self.tracker.summarize()
             self.tracker.finish()
