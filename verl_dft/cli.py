@@ -1,6 +1,5 @@
 """``verl-dft VERB [overrides]``. Verbs are imported when they are called: ``--help`` must not wait for torch."""
 
-import errno
 import importlib
 import os
 import sys
@@ -226,7 +225,9 @@ def told(run: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        from verl_dft.files import disk_full
+
+        if not disk_full(error):
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}; what is finished is kept: make room and run it again", file=sys.stderr)

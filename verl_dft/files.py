@@ -62,7 +62,7 @@ def writing(folder: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and _NO_ROOM.search(str(error)) is None:
+        if not isinstance(error, OSError) and not disk_full(error, saving=True):
             raise
         why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(
@@ -70,9 +70,15 @@ def writing(folder: str | Path) -> Iterator[None]:
         ) from None
 
 
-def no_room(error: BaseException) -> bool:
-    """Whether a write failed because the disk is full, also where a library says so in words only."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _NO_ROOM.search(str(error)) is not None
+def disk_full(error: BaseException, saving: bool = False) -> bool:
+    """Whether ``error`` came of a full disk.
+
+    Args:
+        saving: weights were being written, so that the words of a library count too. Torch has the same words for
+            some damaged files that it reads.
+    """
+    numbered = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return numbered or (saving and _NO_ROOM.search(str(error)) is not None)
 
 
 def missing_files(paths: Sequence[Path], patience_s: float) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from verl_dft.end_processes import lives
 from verl_dft.platform.shared_memory import shared_memory_files
 from verl_dft.training.metrics import read_metrics
 
@@ -46,7 +47,7 @@ class RlProcess:
                     self._seen.setdefault(process.pid, process)
             except psutil.NoSuchProcess:
                 continue
-        return [process for process in self._seen.values() if _lives(process)]
+        return [process for process in self._seen.values() if lives(process)]
 
     def find(self, title: str) -> psutil.Process | None:
         """A process of which the title, which Ray sets to what it is doing, matches."""
@@ -117,10 +118,3 @@ def rewards(out: Path) -> dict[int, float]:
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
     return {line["step"]: line["critic/rewards/mean"] for line in lines}
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

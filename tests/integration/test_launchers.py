@@ -12,6 +12,7 @@ import psutil
 import pytest
 from conftest import STEADY, TrainArgv, assert_same_weights, losses
 
+from verl_dft.end_processes import lives
 from verl_dft.training.resume import completed_steps
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone]
@@ -68,7 +69,7 @@ def test_ray_trains_the_same(
     for key in KEYS:
         np.testing.assert_allclose(losses(tmp_path / "run", key), losses(torchrun[0], key), rtol=1e-5, err_msg=key)
     assert_same_weights(tmp_path / "run" / "model", torchrun[0] / "model", atol=1e-5)
-    mine = [p for p in psutil.process_iter(["pid", "name", "username"]) if p.pid not in before]
+    mine = [p for p in psutil.process_iter(["name"]) if p.pid not in before and lives(p)]
     assert not [p for p in mine if "ray" in p.info["name"]], "Ray processes were left behind"
     assert shared_memory() - shm == set()
 

@@ -12,6 +12,7 @@ import pytest
 from online import ENVIRONMENT, HERE, overrides, write_prompts
 from online_turns import VARIABLE
 
+from verl_dft.end_processes import lives
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone]
@@ -38,7 +39,7 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == mark and lives(process):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -65,7 +66,8 @@ def train(run_command: Callable, tmp_path: Path, repo_root: Path) -> Iterator[Ca
 
     yield run
     left = marked_processes(mark)
-    _, alive = psutil.wait_procs(left, timeout=20)  # daemons notice that the driver is gone
+    _, there = psutil.wait_procs(left, timeout=20)  # daemons notice that the driver is gone
+    alive = [process for process in there if lives(process)]
     shown = [" ".join(process.cmdline())[:200] for process in alive]
     for process in alive:
         process.kill()

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from verl_dft.end_processes import lives
+
 pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 # argv: model, store, replicas (0: in process), what happens: nothing, kill (a replica at work) or wait (for a signal)
@@ -98,6 +100,7 @@ def _leftovers() -> set[str]:
         words = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])])
         if (
             process.info["ppid"] == 1
+            and lives(process)
             and "Agent" not in words
             and any(name in words for name in ("raylet", "ray::", "gcs_server", "VLLM::"))
         ):

@@ -4,12 +4,14 @@ import os
 
 import psutil
 
+from verl_dft.end_processes import lives
+
 
 def of_session(session: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) == session and lives(process):
                 found.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess, PermissionError):
             continue
@@ -21,7 +23,7 @@ def of_mark(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("VERL_DFT_LEFTOVERS") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("VERL_DFT_LEFTOVERS") == mark and lives(process):
                 found.append(process)
         except (psutil.Error, OSError):
             continue

@@ -14,9 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from verl_dft.end_processes import lives
 from verl_dft.platform.shared_memory import shared_memory_files
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux alone")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux alone"),
+    pytest.mark.usefixtures("only_sweeper"),
+]
 
 COMMAND = """
 import sys
@@ -140,7 +144,7 @@ def test_interrupted(script, number: signal.Signals, deaf: bool) -> None:
     run.process.send_signal(signal.SIGINT)
     assert run.end()[0] == 41
     run.assert_clean()
-    assert not any(process.is_running() for process in left)
+    assert not any(lives(process) for process in left)
     assert (run.folder / "asked").exists() != deaf
 
 

@@ -112,27 +112,36 @@ def remote(error: Exception, times: int = 1) -> BaseException:
 
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_errors_through_ray_are_one_line(times: int) -> None:
-    told = failure(remote(InputError("the rows\nare wrong"), times), None, "in step 3", "run it again")
+    told = failure(remote(InputError("the rows\nare wrong"), times), None, 3, None, "run it again")
     assert isinstance(told, InputError) and str(told) == "the rows are wrong"
-    told = failure(remote(ZeroDivisionError("by zero"), times), None, "in step 3 while updating", "run it again")
+    told = failure(remote(ZeroDivisionError("by zero"), times), None, 3, "update", "run it again")
     assert isinstance(told, RunFailed) and not told.shown
     assert str(told) == (
         "the run has failed in step 3 while updating: ZeroDivisionError: by zero (its traceback is above); run it again"
     )
-    told = failure(remote(RolloutFailed("2 of 4 lack"), times), None, "in step 3", "run it again")
+    told = failure(remote(RolloutFailed("2 of 4 lack"), times), None, 3, None, "run it again")
     assert str(told) == "2 of 4 lack; run it again, or set rollout_failure=skip" and told.shown
     for full in (
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc]"),
     ):
-        told = failure(remote(full, times), None, "in step 3 while saving", "run it again")
-        wanted = r"the disk was full in step 3 while saving \(.+\); make room, then run it again"
+        told = failure(remote(full, times), None, 3, "save", "run it again")
+        wanted = r"the disk was full in step 3 while saving a checkpoint \(.+\); make room, then run it again"
         assert re.fullmatch(wanted, str(told)) and told.shown
+
+
+@pytest.mark.parametrize("phase", ["start", "update", None])
+def test_words_tell_of_a_full_disk_only_where_weights_are_saved(phase: str | None) -> None:
+    """Torch's reader has them for some damaged checkpoints."""
+    damaged = RuntimeError("PytorchStreamReader failed [enforce fail at inline_container.cc]")
+    assert "the disk was full" not in str(failure(remote(damaged), None, 3, phase, "run it again"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert "the disk was full" in str(failure(remote(full), None, 3, phase, "run it again"))
 
 
 def test_what_has_died_is_the_reason_whatever_came_of_it() -> None:
     for error in (ZeroDivisionError(), RolloutFailed("2 of 4 lack"), ray.exceptions.ActorDiedError()):
-        told = failure(remote(error), "a worker has died", "in step 3", "run it again")
+        told = failure(remote(error), "a worker has died", 3, None, "run it again")
         assert str(told) == "a worker has died in step 3; run it again" and told.shown
     copy = pickle.loads(pickle.dumps(told))
     assert isinstance(copy, RunFailed) and (copy.message, copy.shown) == (told.message, True)

@@ -9,7 +9,10 @@ import pytest
 
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/shm is Linux's")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/shm is Linux's"),
+    pytest.mark.usefixtures("only_sweeper"),
+]
 
 KILLED = """
 import os, signal

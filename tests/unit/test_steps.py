@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from verl_dft.end_processes import lives
 from verl_dft.errors import InputError
 from verl_dft.steps import Step, StepError, StepRunner
 
@@ -86,7 +87,7 @@ def test_a_failure_names_the_log_and_ends_the_others(root):
     assert time.monotonic() - begun < 30
     assert runner.failed == bad and "why it failed" in runner.log(bad).read_text()
     started = set(psutil.Process().children()) - before  # other tests keep a server of their own
-    assert not [p for p in started if p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in started if lives(p)]
 
 
 def test_a_step_that_writes_nothing_fails(root):

@@ -223,7 +223,7 @@ def _sample(job: Job, member: str, source: TextSource | OpenSource | None) -> No
     with group_sources.make_sampler(job.folder, job.config, member, source) as sampler:
         samples = sampler.sample(asks, member)
         # while the store is held: nobody else writes here meanwhile
-        write_samples(path, samples, None if member == "self" and job.config["want_logp"] else False)
+        write_samples(path, samples, member == "self" and job.config["want_logp"])
     _add(job, member, group_sources.answers_of(read_samples(path), _respond(job, member)))
     job.facts[member] = {
         "model": sampler.model,

@@ -104,7 +104,7 @@ def _write(
     if not rows:
         raise InputError(f"no problem is left to write a row of; they were dropped: {statistics['dropped']}")
     if told:
-        write_samples(folder / "samples.parquet", Joined(told), None if config["want_logp"] else False)
+        write_samples(folder / "samples.parquet", Joined(told), config["want_logp"])
     facts = {"inputs": inputs_of(config["data"]), "seed": config["seed"], "config": identity(config)}
     experts = [expert_row(problem, prompt) for problem in planner.problems if has_solution(problem)]
     if experts:

@@ -127,7 +127,7 @@ def _write(folder: Path, config: Mapping[str, Any], result: dict[str, Any], samp
     result |= {"versions": versions(), "command": command_line()}
     result |= {"written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     (folder / "result.json").unlink(missing_ok=True)
-    write_samples(folder / "samples.parquet", samples, None if config.get("want_logp") else False)
+    write_samples(folder / "samples.parquet", samples, bool(config.get("want_logp")))
     write_json(folder / "config.json", identity(config, _VOLATILE))
     write_json(folder / "result.json", result)
     write_report(folder)

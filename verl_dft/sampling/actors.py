@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from verl_dft.end_processes import end_processes
 from verl_dft.errors import InputError, MachineFailed
 from verl_dft.files import sweep_scratch
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
@@ -179,10 +180,7 @@ class ActorPool:
         for replica in self._replicas:
             self._end(replica)
         self._replicas = []
-        _, alive = psutil.wait_procs(family, timeout=_CLOSE_S)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_processes(lambda: family, _CLOSE_S)
         remove_abandoned(self._shared_memory)
         sweep_scratch(ENGINE_FOLDER)
 

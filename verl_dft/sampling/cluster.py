@@ -3,12 +3,13 @@
 import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psutil
 import ray
 
+from verl_dft.end_processes import end_processes
 from verl_dft.errors import InputError
 
 # Requests and texts pass through it, a few megabytes a shard.
@@ -75,20 +76,11 @@ def ray_session(num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        _end(ours)
+        end_processes(lambda: ours, _LEAVING_S)  # its agents outlive a killed raylet by minutes
 
 
 def _descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
-
-
-def _end(processes: Sequence[psutil.Process]) -> None:
-    """Wait a little for Ray's processes to leave, then kill them: its agents outlive a killed raylet by minutes."""
-    _, left = psutil.wait_procs(processes, timeout=_LEAVING_S)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=_LEAVING_S)
 
 
 def check_room(bundle: Mapping[str, float], num_replicas: int) -> None:

@@ -93,7 +93,7 @@ def run(config: Mapping[str, Any], source: TextSource | OpenSource | None = None
         (folder / "statistics.json").unlink(missing_ok=True)  # a folder that has it is complete
         statistics = statistics_of(samples.counted(), [problem.id for problem in problems])
         write_problems(folder / "problems.jsonl", problems)
-        write_samples(folder / "samples.parquet", samples, None if config["want_logp"] else False)
+        write_samples(folder / "samples.parquet", samples, config["want_logp"])
         facts = {"num_reused": sampler.num_reused, "num_generated": sampler.num_generated, "seconds": sampler.seconds}
         write_manifest(
             folder / "samples.parquet",

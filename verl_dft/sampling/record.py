@@ -59,21 +59,18 @@ class Sample:
 _FIELDS = frozenset(field.name for field in fields(Sample))
 
 
-def write_samples(path: str | Path, samples: Sequence[Sample], with_logp: bool | None = None) -> None:
+def write_samples(path: str | Path, samples: Sequence[Sample], with_logp: bool = True) -> None:
     """Samples as parquet, atomically, in row groups of 4,096.
 
     Args:
-        samples: gone through in order, no more than a row group's at a time: once, where ``with_logp`` is given.
-        with_logp: whether the file has the column ``logp``; None: where a sample has it, for which all are looked
-            through first.
+        samples: gone through once, in order, no more than a row group's at a time.
+        with_logp: whether the file has the column ``logp``; without it no sample may have log-probs.
     """
     import pyarrow as pa
 
     from verl_dft.data.tables import in_parts, write_in_parts
     from verl_dft.files import atomic_write
 
-    if with_logp is None:
-        with_logp = any(sample.logp is not None for sample in samples)
     names = [field.name for field in fields(Sample) if with_logp or field.name != "logp"]
     special = {"token_ids": pa.list_(pa.int64()), "logp": pa.list_(pa.float64())}
     special |= dict.fromkeys(("index", "seed", "num_tokens"), pa.int64())

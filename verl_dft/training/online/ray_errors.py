@@ -3,8 +3,8 @@
 import ray
 
 from verl_dft.errors import InputError
-from verl_dft.files import no_room
-from verl_dft.training.online.failures import RolloutFailed, RunFailed, one_line
+from verl_dft.files import disk_full
+from verl_dft.training.online.failures import RolloutFailed, RunFailed, one_line, place
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -16,21 +16,22 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def failure(error: BaseException, trouble: str | None, where: str, go_on: str) -> Exception:
+def failure(error: BaseException, trouble: str | None, step: int, phase: str | None, go_on: str) -> Exception:
     """What the trainer's process raises in place of ``error``.
 
     Args:
         trouble: what has died (``health.trouble``), None where nothing has.
-        where: :func:`place`.
+        step: the run's; 0 before the first.
+        phase: the watchdog's, in which it failed.
         go_on: :func:`advice`.
 
     Returns:
         :class:`InputError` as it was, :class:`RunFailed` else.
     """
-    cause = root_cause(error)
+    cause, where = root_cause(error), place(step, phase)
     if isinstance(cause, InputError):
         return InputError(one_line(cause))
-    if no_room(cause):
+    if disk_full(cause, saving=phase in ("save", "export")):
         return RunFailed(f"the disk was full {where} ({one_line(cause)}); make room, then {go_on}")
     if trouble is not None:
         return RunFailed(f"{trouble} {where}; {go_on}")

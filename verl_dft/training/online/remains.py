@@ -4,16 +4,14 @@ Ray puts its processes into sessions of their own, and vLLM's engines outlive a 
 adopts its orphans finds all of them among its descendants.
 """
 
-import time
-
 import psutil
 
+from verl_dft.end_processes import end_processes, lives
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 from verl_dft.processes import adopt_orphans
 
 _LEAVING_S = 3.0
 """How long processes may take to notice that the run is over, which Ray's do by themselves."""
-_KILLED_S = 10.0
 
 
 class Remains:
@@ -29,22 +27,12 @@ class Remains:
         found = []
         for child in _children(psutil.Process()):
             if child.pid not in self._before:
-                found += [process for process in (child, *_children(child, recursive=True)) if _lives(process)]
+                found += [process for process in (child, *_children(child, recursive=True)) if lives(process)]
         return found
 
     def end(self) -> None:
         """Wait a little for the run's processes to leave by themselves, then kill those that are left."""
-        deadline = time.monotonic() + _LEAVING_S
-        while self.processes() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        deadline = time.monotonic() + _KILLED_S
-        while (left := self.processes()) and time.monotonic() < deadline:  # again: a killed one's children come to us
-            for process in left:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(left, timeout=1)
+        end_processes(self.processes, _LEAVING_S)  # a killed one's children come to us
         remove_abandoned(self._shared)
 
 
@@ -53,10 +41,3 @@ def _children(process: psutil.Process, recursive: bool = False) -> list[psutil.P
         return process.children(recursive=recursive)
     except psutil.NoSuchProcess:
         return []
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -39,8 +39,8 @@ class Runner(TaskRunnerV1.__ray_metadata__.modified_class):
                 with watchdog.phase("start"):
                     super().run(config)
             except Exception as error:
-                where, go_on = place(self._step(), watchdog.failed_in), advice(config.trainer.default_local_dir)
-                raise failure(error, _died_of(error), where, go_on) from error
+                go_on = advice(config.trainer.default_local_dir)
+                raise failure(error, _died_of(error), self._step(), watchdog.failed_in, go_on) from error
 
     def init_agent_loop_manager(self) -> None:
         super().init_agent_loop_manager()
