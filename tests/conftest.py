@@ -32,6 +32,8 @@ from typing import NamedTuple  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
+from verl_dft.end_processes import end_processes  # noqa: E402
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = ["plugin_package"]  # a package with tests of its own: integration/test_plugin_package.py runs them
 GRACE_S = 15
@@ -88,12 +90,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             continue
-    for child in family:
-        try:
-            child.kill()  # psutil checks the start time first, so a reused pid is never hit
-        except psutil.NoSuchProcess:
-            pass
-    psutil.wait_procs(family, timeout=GRACE_S)
+    end_processes(lambda: family, leaving_s=0)
 
 
 def run_command(

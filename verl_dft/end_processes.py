@@ -16,19 +16,22 @@ def end_processes(found: Callable[[], Sequence[psutil.Process]], leaving_s: floa
         found: asked again and again, because what a killed process had started may only then be seen. Those that have
             ended may be among them.
     """
-
-    def left() -> list[psutil.Process]:
-        return [process for process in found() if lives(process)]
-
-    deadline = time.monotonic() + leaving_s
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    left = still_running(found, leaving_s)
     deadline = time.monotonic() + _KILLED_S
-    while (processes := left()) and time.monotonic() < deadline:
-        for process in processes:
+    while left and time.monotonic() < deadline:
+        for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=0.1)  # our own children leave the table with this
+        psutil.wait_procs(left, timeout=0.1)  # our own children leave the table with this
+        left = still_running(found, 0)
+
+
+def still_running(found: Callable[[], Sequence[psutil.Process]], seconds: float) -> list[psutil.Process]:
+    """Those of ``found()`` that run after so many seconds; returns as soon as there are none."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in found() if lives(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 def lives(process: psutil.Process) -> bool:

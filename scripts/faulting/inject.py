@@ -126,19 +126,20 @@ def disk(a: Attempt, _: str) -> bool:
 
 def checkpoint(a: Attempt, _: str) -> bool:
     """Killed, and a file of the newest checkpoint is damaged: it is named, and what to do leads on."""
-    failpoint(a, f"worker.step:{a.rng.randrange(3, 7)}")
+    where = "preference.step" if a.scenario.name == "dpo" else "worker.step"
+    failpoint(a, f"{where}:{a.rng.randrange(3, 7)}")
     steps = judge.whole_checkpoints(a.out)
     if not steps:
         return False
     folder = a.out / "checkpoints" / f"global_step_{steps[-1]}"
-    path = a.rng.choice(sorted(folder.rglob("*.pt")))
+    path = a.rng.choice(sorted(p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".safetensors")))
     if a.rng.random() < 0.7:
         a.facts["damage"] = damage.cut(path, a.rng)
     else:
         size = path.stat().st_size
         a.facts["damage"] = damage.turn_bit(path, a.rng, size // 4, size // 2)
     run = a.end(a.start(), time.monotonic())
-    if run.code == 0:  # a bit that no tensor has; the result tells
+    if run.code == 0:  # a bit between the tensors, which nobody reads; the result tells
         return True
     a.refused(run, path.name, "delete")
     if judge.whole_checkpoints(a.out) != steps:

@@ -57,8 +57,11 @@ def said(path: Path, out: Path) -> Any:
         # a thread pool would not survive the next fork
         return _elsewhere(pq.read_table(path, use_threads=False).to_pylist(), out)
     if path.suffix == ".pt":
-        with zipfile.ZipFile(path) as archive:  # the tensors; the pickle beside them differs for equal values
-            return [hashlib.sha256(archive.read(name)).hexdigest() for name in _parts(archive)]
+        try:
+            with zipfile.ZipFile(path) as archive:  # the tensors; the pickle beside them differs for equal values
+                return [hashlib.sha256(archive.read(name)).hexdigest() for name in _parts(archive)]
+        except zipfile.BadZipFile as error:
+            return str(error)
     if path.suffix in (".json", ".jsonl", ".md", ".txt", ".yaml", ".html", ".jinja"):
         text = _elsewhere(path.read_text(encoding="utf-8"), out)
         if path.suffix == ".json":

@@ -107,7 +107,7 @@ SCENARIOS = [
         f"data.cache_dir={out.parent / 'cache'}", f"output_dir={out}"], input="rows",
         kinds=(*CHEAP, "parquet"), weight=1.5, needs_verl=True),
     Scenario("dpo", lambda out, given: ["train", *_preference(out, given)], input="pairs",
-             kinds=("failpoint", "enospc", "moment", "disk", "two_runs", "parquet"), weight=1, needs_verl=True),
+             kinds=(*TRAINED, "parquet"), weight=1, needs_verl=True),
     Scenario("train_launcher", lambda out, given: ["train", *_training(out, given), "trainer.n_gpus_per_node=2"],
              None, kinds=("moment", "child"), weight=0, limit_s=240,
              titles={"child": r"verl_dft\.training\.(launch|sft)"}),

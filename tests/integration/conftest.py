@@ -191,6 +191,13 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return {name: value.float().numpy() for name, value in load_file(folder / "model.safetensors").items()}
 
 
+def turn_a_bit(file: Path) -> None:
+    """One in the middle of a file, which is a weight's; a second call turns it back."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def assert_same_weights(a: Path, b: Path, atol: float) -> None:
     """Both exports hold the same tensors within ``atol``."""
     first, second = weights(a), weights(b)

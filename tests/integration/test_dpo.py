@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ForkServer, TrainArgv, assert_same_weights, losses, weights
+from conftest import ForkServer, TrainArgv, assert_same_weights, losses, turn_a_bit, weights
 from transformers import AutoModelForCausalLM
 
 from verl_dft.data.arithmetic import make_problems
@@ -209,6 +209,11 @@ def test_killed_and_resumed(
     command = argv(tmp_path / "run", "trainer.total_epochs=2", "optim.lr=1e-3", model=tiny_base)
     killed = ranks.run(command, call=MAIN, env={"VERL_DFT_FAILPOINT": failpoint})
     assert killed.codes == [-signal.SIGKILL] and completed_steps(tmp_path / "run" / "checkpoints") == saved
+    file = tmp_path / "run" / "checkpoints" / "global_step_4" / "model.safetensors"
+    turn_a_bit(file)
+    refused = ranks.run(command, call=MAIN)
+    assert refused.codes != [0] and f"{file} is damaged; delete {file.parent} and run" in refused.log
+    turn_a_bit(file)  # back
     assert "resuming after step 4" in ranks.ok(command, call=MAIN)
     for key in ("train/loss", "train/grad_norm", "train/nll", "train/reward_margin", "train/lr"):
         assert losses(tmp_path / "run", key) == losses(whole, key), key

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import still_running
 from verl_dft.errors import InputError
 from verl_dft.sampling.endpoint import EndpointSource
 from verl_dft.sampling.engine import SampleRequest
@@ -132,8 +132,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
-    _, there = psutil.wait_procs(family[1:], timeout=30)
-    alive = [child for child in there if lives(child)]
+    alive = still_running(lambda: family[1:], 30)
     for child in alive:
         child.kill()
     assert not alive and not [path for path in shared if path.exists()]

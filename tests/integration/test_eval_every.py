@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import ForkServer, TrainArgv, assert_same_weights, losses
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import still_running
 from verl_dft.training.resume import completed_steps
 
 pytestmark = pytest.mark.integration
@@ -155,8 +155,7 @@ def test_an_interrupted_trainer_leaves_no_command_behind(
     assert evaluation in family
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=15)
-    assert not [child for child in alive if lives(child)]
+    assert not still_running(lambda: family, 15)
     if number == signal.SIGINT:
         assert process.returncode == 1 and stderr.splitlines()[-1].startswith("interrupted; run the same command")
 

@@ -12,7 +12,7 @@ import pytest
 from online import ENVIRONMENT, HERE, overrides, write_prompts
 from online_turns import VARIABLE
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import lives, still_running
 from verl_dft.platform.shared_memory import remove_abandoned, shared_memory_files
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone]
@@ -65,9 +65,7 @@ def train(run_command: Callable, tmp_path: Path, repo_root: Path) -> Iterator[Ca
         return done, steps
 
     yield run
-    left = marked_processes(mark)
-    _, there = psutil.wait_procs(left, timeout=20)  # daemons notice that the driver is gone
-    alive = [process for process in there if lives(process)]
+    alive = still_running(lambda: marked_processes(mark), 20)  # daemons notice that the driver is gone
     shown = [" ".join(process.cmdline())[:200] for process in alive]
     for process in alive:
         process.kill()

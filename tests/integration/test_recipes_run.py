@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import still_running
 
 pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.slow]
 
@@ -51,8 +51,7 @@ def end_at(command: list[str], root: Path, seconds: float) -> bool:
     if running:
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
-    left = [process for process in alive if lives(process)]
+    left = still_running(lambda: family, 30)
     assert not left, f"left over: {left}"
     return running
 

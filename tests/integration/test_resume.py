@@ -1,12 +1,13 @@
 """Killed and continued runs equal uninterrupted ones: losses, steps, weights, final checkpoint."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Finished, ForkServer, TrainArgv, assert_same_weights, losses
+from conftest import Finished, ForkServer, TrainArgv, assert_same_weights, losses, turn_a_bit
 
 from verl_dft.training.resume import checkpoint_path, completed_steps
 
@@ -142,6 +143,22 @@ def test_a_start_from_another_run_is_made_once(
     assert f"resuming after step {TOTAL - 1} from {start}" in log
     assert losses(tmp_path / "run") == losses(reference)[-1:]
     assert "steps are done already" in ranks.ok(command, world=world)
+
+
+def test_a_turned_bit_in_a_checkpoint_is_refused(
+    whole: tuple[int, Path], ranks: ForkServer, argv: TrainArgv, tmp_path: Path
+) -> None:
+    """Torch would load it as another weight. Each rank reads its own files; all are told."""
+    world, reference = whole
+    start = tmp_path / "from" / "global_step_2"
+    shutil.copytree(checkpoint_path(reference / "checkpoints", TOTAL), start)
+    file = start / f"model_world_size_{world}_rank_{world - 1}.pt"
+    turn_a_bit(file)
+    refused = ranks.run(
+        argv(tmp_path / "run", f"trainer.resume_from_path={start}", "trainer.resume_mode=resume_path"), world=world
+    )
+    assert set(refused.codes) <= {2, -signal.SIGTERM} and 2 in refused.codes
+    assert f"{file} is damaged; delete {start}" in refused.log and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_validation_covers_every_row_once(whole: tuple[int, Path]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_weights
+from conftest import assert_same_weights, turn_a_bit
 from rl_process import DRIVER, ENGINE, LOOPS, WORKER, RlProcess, rewards
 
 from verl_dft.training.resume import completed_steps
@@ -61,6 +61,12 @@ def test_the_trainer_dies_while_saving(start: Callable, out: Path, repo_root: Pa
     assert code == 1 and line.startswith("error: the trainer's process has died after step 4 (killed"), line
     assert line.endswith("run the same command again to go on from step 2") and whole(out) == [2]
     assert (out / "checkpoints" / "global_step_4" / "actor").is_dir()  # half a checkpoint, which does not count
+
+    file = next((out / "checkpoints" / "global_step_2" / "actor").glob("model_*.pt"))
+    turn_a_bit(file)
+    code, line = start(out).end(120)
+    assert code == 2 and line.startswith(f"error: {file} is damaged; delete ") and line.endswith("it starts over"), line
+    turn_a_bit(file)  # back
 
 
 @pytest.mark.nightly

@@ -7,6 +7,11 @@ import psutil
 from verl_dft.end_processes import lives
 
 
+def with_id(number: int) -> list[psutil.Process]:
+    """The process of that number, if there is one."""
+    return [psutil.Process(number)] if psutil.pid_exists(number) else []
+
+
 def of_session(session: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():

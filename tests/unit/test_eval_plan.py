@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from verl_dft import processes
 from verl_dft.cli import main
+from verl_dft.end_processes import still_running
 from verl_dft.errors import InputError
 from verl_dft.evaluation_plan import plan
 from verl_dft.training import evaluate_during
@@ -246,7 +247,7 @@ def test_a_tied_process_dies_with_its_parent() -> None:
     assert child.is_running() and child.ppid() == parent.pid
     parent.send_signal(signal.SIGKILL)
     parent.communicate(timeout=30)
-    child.wait(timeout=10)
+    assert not still_running(lambda: [child], 10)
 
 
 def test_a_command_whose_parent_is_gone_is_not_run(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from verl_dft.grading.process import Worker
 from verl_dft.sampling.engine import GeneratedText
 from verl_dft.sampling.shard_file import StoredSample
 from verl_dft.sampling.store import SampleStore
-from verl_dft.training.resume import Checkpoint, damaged_file, resume_point
+from verl_dft.training.resume import Checkpoint, checksums, damaged_file, resume_point
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 damage, judge, report, world = (
@@ -257,6 +257,39 @@ def test_a_turned_bit_in_a_checkpoint_is_found_by_its_checksum(tmp_path: Path) -
     assert damaged_file(path, thorough=True) is None
     damage.turn_bit(file, random.Random(0), 1000, 2000)
     assert damaged_file(path) is None and damaged_file(path, thorough=True) == file
+    assert damaged_file(path, thorough=True, rank=0) == file and damaged_file(path, thorough=True, rank=1) is None
+    options = {"mode": "auto", "given": None, "world_size": 1}
+    assert resume_point(tmp_path, **options) == Checkpoint(path, 2)
+    with pytest.raises(InputError, match=rf"{file.name} is damaged; delete"):
+        resume_point(tmp_path, thorough=True, **options)
+
+
+def test_each_rank_reads_its_own_files_and_the_first_those_of_none(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 2)
+    other = path / "model_world_size_12_rank_11.pt"
+    shutil.copyfile(path / "model_world_size_1_rank_0.pt", other)
+    damage.turn_bit(other, random.Random(0), 1000, 2000)
+    (path / "rng_state.pth").write_bytes(b"no archive")
+    found = [damaged_file(path, thorough=True, rank=rank) for rank in (0, 1, 11)]
+    assert found == [path / "rng_state.pth", None, other]
+
+
+def test_a_format_without_checksums_has_them_in_the_marker(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 2)
+    file = path / "adapter.safetensors"
+    write_json(path / "complete.json", {"step": 2, "world_size": 1, "crc32": checksums(path)})
+    assert damaged_file(path, thorough=True) is None
+    size = file.stat().st_size
+    damage.turn_bit(file, random.Random(0), size - 8, size)
+    assert damaged_file(path) is None and damaged_file(path, thorough=True) == file
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 2}', '{"step": 2, "world_size": "x"}', "\udcff"])
+def test_a_damaged_marker_is_named(tmp_path: Path, content: str) -> None:
+    path = checkpoint(tmp_path, 2)
+    (path / "complete.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"complete\.json is damaged; delete .*global_step_2 and run"):
+        resume_point(tmp_path, mode="auto", given=None, world_size=1)
 
 
 def killed_writing(place: str, path: Path, content: str) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from verl_dft.cli import main
+from verl_dft.end_processes import still_running
 from verl_dft.training import launch
 from verl_dft.training.configure import compose_training
 
@@ -104,8 +105,7 @@ def test_a_signal_ends_the_ranks_too(number: signal.Signals, command: Callable, 
     else:
         assert process.returncode == -number
     assert "Traceback" not in stderr, stderr
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert not alive
+    assert not still_running(lambda: ranks, 10)
 
 
 BASE = ["model=/some/folder", "output_dir=/tmp/never-made", "data=/some/rows.parquet", "data.train_batch_size=32"]

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from process_helpers import with_id
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import lives, still_running
 from verl_dft.platform.shared_memory import shared_memory_files
 
 pytestmark = [
@@ -86,8 +88,7 @@ class Script:
 
     def assert_clean(self) -> None:
         for path in self.folder.glob("*.pid"):
-            pid = int(path.read_text())
-            assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            assert not still_running(partial(with_id, int(path.read_text())), 0)
         assert (self.folder / "shared").read_text() not in shared_memory_files()
 
 

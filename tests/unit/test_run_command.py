@@ -2,10 +2,11 @@
 
 import re
 import sys
-import time
 
-import psutil
 import pytest
+from process_helpers import with_id
+
+from verl_dft.end_processes import still_running
 
 
 def test_output_status_and_environment(run_command, tmp_path):
@@ -25,7 +26,4 @@ def test_a_timeout_ends_the_command_and_what_it_started(run_command):
     with pytest.raises(pytest.fail.Exception, match="still running after 3 s") as caught:
         run_command([sys.executable, "-c", code], timeout=3)
     child = int(re.search(r"<(\d+)>", str(caught.value)).group(1))
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the child outlived the timeout"
-        time.sleep(0.1)
+    assert not still_running(lambda: with_id(child), 10), "the child outlived the timeout"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from process_helpers import with_id
 
-from verl_dft.end_processes import lives
+from verl_dft.end_processes import lives, still_running
 from verl_dft.errors import InputError
 from verl_dft.steps import Step, StepError, StepRunner
 
@@ -139,10 +140,7 @@ def test_killed_it_leaves_nobody_behind_and_continues_in_the_same_folder(root, t
         run(root, [writer(root, "a")])
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the step outlived its killed parent"
-        time.sleep(0.05)
+    assert not still_running(lambda: with_id(child), 10), "the step outlived its killed parent"
     done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "continued" in done.stdout, done.stderr
     assert (root / "a" / "out").read_text() == "continued"

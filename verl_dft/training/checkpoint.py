@@ -91,13 +91,19 @@ class MarkedCheckpoints(CheckpointHandler):
             return 0
         if self.rank == 0:
             print(f"resuming after step {point.step} from {point.path}", flush=True)
-        try:
-            self.engine.load_checkpoint(str(point.path))
-        except Exception:
-            if file := damaged_file(point.path, thorough=True):
-                raise InputError(damage(file, point, completed_steps(self.default_local_dir))) from None
-            raise
+        self._check_whole(point)
+        self.engine.load_checkpoint(str(point.path))
         return point.step
+
+    def _check_whole(self, point: Checkpoint) -> None:
+        """Raise :class:`InputError` on all ranks where a file is not as it was written. Each rank reads its own."""
+        together = self.mode == OrchestrationMode.SPMD
+        found = [damaged_file(point.path, thorough=True, rank=self.rank if together else None)]
+        if together:
+            mine, found = found[0], [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(found, mine)
+        if file := next(filter(None, found), None):
+            raise InputError(damage(file, point, completed_steps(self.default_local_dir)))
 
     def _check_all_here(self, path: Path) -> None:
         """Raise :class:`InputError` where a rank's part is not in ``path`` as this process sees it."""

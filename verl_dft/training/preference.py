@@ -26,7 +26,7 @@ from verl_dft.platform.compat import check_verl_version
 from verl_dft.training.launch import run_guarded, run_ranks, torchrun_options
 from verl_dft.training.only_one import only_training
 from verl_dft.training.preference_config import TRL_VERSION, check_trl, compose_dpo, resume_from
-from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps
+from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps, damage, damaged_file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,6 +102,8 @@ def run(config: DictConfig, pairs: Pairs) -> None:
     if first:
         _drop_later(Path(config.trainer.default_local_dir), trainer.run.resume_global_step)
         if start:
+            if file := damaged_file(start.path, thorough=True):
+                raise InputError(damage(file, start, completed_steps(config.trainer.default_local_dir)))
             print(f"resuming after step {start.step} from {start.path}", flush=True)
     trainer.accelerator.wait_for_everyone()
     if start and start.step >= total:

@@ -26,7 +26,7 @@ from verl_dft.failpoints import failpoint
 from verl_dft.files import write_json, writing
 from verl_dft.training.batches import StepBatchSampler
 from verl_dft.training.export import write_model
-from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps
+from verl_dft.training.resume import MARKER, checkpoint_path, checksums, completed_steps
 from verl_dft.training.tracking import RunTracker
 
 _find = trl_checks._is_package_available
@@ -196,7 +196,8 @@ class PreferenceTrainer(DPOTrainer):
         failpoint("checkpoint.before_marker")
         if self.is_world_process_zero():
             temporary.rename(path)
-            write_json(path / MARKER, {"step": step, "world_size": self.args.world_size, "seed": self.args.seed})
+            facts = {"step": step, "world_size": self.args.world_size, "seed": self.args.seed}
+            write_json(path / MARKER, facts | {"crc32": checksums(path)})
             forget_old(folder, self.run.config.trainer.max_ckpt_to_keep)
         self.accelerator.wait_for_everyone()
         self.run.ckpt_handler.saved_at = time.perf_counter()

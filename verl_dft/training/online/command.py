@@ -64,6 +64,7 @@ def prepare(config: DictConfig, output: Path) -> Path:
         mode=config.trainer.resume_mode,
         given=config.trainer.resume_from_path,
         world_size=world_size(config),
+        thorough=True,  # verl's workers load it as it is
     )
     tokenizer = tokenizer_of(config.actor_rollout_ref.model)
     check_teachers(config, tokenizer)
