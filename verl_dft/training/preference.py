@@ -26,7 +26,7 @@ from verl_dft.platform.compat import check_verl_version
 from verl_dft.training.launch import run_guarded, run_ranks, torchrun_options
 from verl_dft.training.only_one import only_training
 from verl_dft.training.preference_config import TRL_VERSION, check_trl, compose_dpo, resume_from
-from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps, damage, damaged_file
+from verl_dft.training.resume import MARKER, checkpoint_path, completed_steps
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,14 +96,12 @@ def run(config: DictConfig, pairs: Pairs) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine need no other interface
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # with ranks it says cpu:0, which torch.load does not know
     trainer = make_trainer(config, pairs)
-    total, start = trainer.run.total_training_steps, resume_from(config)
-    trainer.run.resume_global_step = start.step if start else 0
     first = trainer.is_world_process_zero()
+    total, start = trainer.run.total_training_steps, resume_from(config, thorough=first)
+    trainer.run.resume_global_step = start.step if start else 0
     if first:
         _drop_later(Path(config.trainer.default_local_dir), trainer.run.resume_global_step)
         if start:
-            if file := damaged_file(start.path, thorough=True):
-                raise InputError(damage(file, start, completed_steps(config.trainer.default_local_dir)))
             print(f"resuming after step {start.step} from {start.path}", flush=True)
     trainer.accelerator.wait_for_everyone()
     if start and start.step >= total:

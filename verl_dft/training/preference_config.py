@@ -61,14 +61,15 @@ def compose_dpo(argv: Sequence[str]) -> DictConfig:
     return config
 
 
-def resume_from(config: DictConfig) -> Checkpoint | None:
-    """The checkpoint to go on from. Raises :class:`InputError` where it is missing or has other ranks."""
+def resume_from(config: DictConfig, thorough: bool = False) -> Checkpoint | None:
+    """:func:`resume_point` with a run's configuration."""
     trainer = config.trainer
     return resume_point(
         trainer.default_local_dir,
         mode=trainer.resume_mode,
         given=trainer.resume_from_path,
         world_size=trainer.n_gpus_per_node,
+        thorough=thorough,
     )
 
 

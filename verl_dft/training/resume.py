@@ -101,9 +101,8 @@ def damaged_file(path: Path, thorough: bool = False, rank: int | None = None) ->
     """
     files = [file for file in sorted(path.rglob("*")) if file.suffix in (".pt", ".pth", ".safetensors")]
     if rank is not None:
-        owners = [(match := _RANK.search(file.name)) and int(match[1]) for file in files]
-        files = [file for file, owner in zip(files, owners, strict=True) if (owner or 0) == rank]
-    sums = _marker(path).get("crc32", {})
+        files = [file for file in files if _reader(file) == rank]
+    sums = _marker(path)["crc32"]
     with ThreadPoolExecutor(_READERS) as pool:
         whole = pool.map(lambda file: _is_whole(file, thorough, sums.get(file.relative_to(path).as_posix())), files)
         return next((file for file, ok in zip(files, whole, strict=True) if not ok), None)
@@ -121,6 +120,11 @@ def damage(file: Path, point: Checkpoint, own: list[int]) -> str:
     if point.step not in own:
         then = "needs another trainer.resume_from_path"
     return f"{file} is damaged; delete {point.path} and run the same command again: it {then}"
+
+
+def _reader(file: Path) -> int:
+    match = _RANK.search(file.name)
+    return int(match[1]) if match else 0
 
 
 def _is_whole(file: Path, thorough: bool, checksum: int | None) -> bool:
