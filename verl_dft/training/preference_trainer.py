@@ -26,7 +26,7 @@ from verl_dft.failpoints import failpoint
 from verl_dft.files import write_json, writing
 from verl_dft.training.batches import StepBatchSampler
 from verl_dft.training.export import write_model
-from verl_dft.training.resume import MARKER, checkpoint_path, checksums, completed_steps
+from verl_dft.training.resume import MARKER, checkpoint_path, checksums, forget_old
 from verl_dft.training.tracking import RunTracker
 
 _find = trl_checks._is_package_available
@@ -230,13 +230,6 @@ def step_metrics(logs: Mapping[str, float], pairs: list[EncodedPair]) -> dict[st
         "train/num_tokens": sum(pair.num_trained for pair in pairs),
         "train/global_tokens": sum(pair.num_tokens for pair in pairs),
     }
-
-
-def forget_old(folder: Path, keep: int | None) -> None:
-    """Delete whole checkpoints but the newest ``keep`` (None: keep all)."""
-    for step in completed_steps(folder)[:-keep] if keep and keep > 0 else []:
-        (checkpoint_path(folder, step) / MARKER).unlink()  # first: a half-deleted folder must not count
-        shutil.rmtree(checkpoint_path(folder, step), ignore_errors=True)
 
 
 def dpo_arguments(config: DictConfig, num_steps: int) -> DPOConfig:
